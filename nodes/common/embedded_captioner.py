@@ -25,7 +25,7 @@ SCALES: dict[str, tuple[tuple[str, ...], tuple[float, ...]]] = {
     "sharpness": (("blurred", "soft", "sharp", "crisp"), (0.66, 0.77, 0.87)),
 }
 COHERENCE = 0.14  # below it the edges have no common direction: the first quartile of the same crops
-UPRIGHT = 12.0  # degrees; nearer to an axis edges are horizontal (29 % of the crops) or vertical (20), else diagonal (26)
+UPRIGHT = 12.0  # degrees; edges nearer to an axis: horizontal (29 % of the crops) or vertical (20), else diagonal (26)
 SECOND_COLOR = 0.25  # share of the picture from which a second colour is named
 
 _HUE_BINS, _VALUE_BINS = 72, 20  # 5 degrees and 0.05 each
