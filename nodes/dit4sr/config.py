@@ -1,0 +1,141 @@
+"""What a DiT4SR network and a DiT4SR run are made of, with the values of the paper and of the published programs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+Variant = Literal["v1", "r1"]
+Anchor = Literal["none", "lr"]
+PUBLISHED_CLASS = "SD3Transformer2DModel"  # `_class_name` in the config.json of the published folders
+
+
+@dataclass(frozen=True)
+class Ablations:
+    """The switches of the paper's table 3; the defaults are the full method."""
+
+    lr_integration: bool = True  # False, case A: the LR stream attends only to itself
+    lr_residual: bool = True  # False, case B: no shortcut around the LR stream's attention
+    lr_injection: bool = True  # False, case C: nothing between the MLPs
+    injection_layer: Literal["conv", "linear"] = "conv"  # "linear", case D: no neighbourhood in the injection
+
+
+@dataclass(frozen=True)
+class DiT4SRConfig:
+    """Sizes of the network. The first block of fields is the published config.json; the second is ours."""
+
+    sample_size: int = 128  # latents, side of the square that the position embedding's scale refers to
+    patch_size: int = 2  # latents, side of a token
+    in_channels: int = 16
+    out_channels: int = 16
+    num_layers: int = 24
+    attention_head_dim: int = 64
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 4096  # width of the text tokens
+    caption_projection_dim: int = 1536  # width of the text stream; equals heads * head_dim
+    pooled_projection_dim: int = 2048  # width of the pooled text
+    pos_embed_max_size: int = 384  # tokens, side of the stored position embedding
+    dual_attention_layers: tuple[int, ...] = tuple(range(13))
+    qk_norm: str | None = "rms_norm"
+
+    variant: Variant = "r1"  # "v1" reproduces a slip in the keys of the LR stream of the first published weights
+    injection_scale: float = 1.2  # factor of the injection at inference (published code); 1.0 in training
+    anchor: Anchor = "none"  # "lr": the output is a residual on the LR latent (tiny family; not in the paper)
+    latent_shift: float = 0.0609  # z = (z_vae - shift) * scale
+    latent_scale: float = 1.5305
+    ablations: Ablations = field(default_factory=Ablations)
+
+    @property
+    def inner_dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    def __post_init__(self) -> None:
+        if self.caption_projection_dim != self.inner_dim:
+            raise ValueError(
+                f"caption_projection_dim is {self.caption_projection_dim}, but one attention over text and picture "
+                f"needs heads * head_dim = {self.num_attention_heads} * {self.attention_head_dim} = {self.inner_dim}."
+            )
+        if self.qk_norm not in ("rms_norm", None):
+            raise ValueError(f"qk_norm is {self.qk_norm!r}; 'rms_norm' or null is expected.")
+        if self.variant not in ("v1", "r1"):
+            raise ValueError(f"variant is {self.variant!r}; 'v1' or 'r1' is expected.")
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], **overrides: Any) -> DiT4SRConfig:
+        """Reads the content of a config.json; our own fields lie under the key "fourfold" where they were written."""
+        own = dict(content.get("fourfold", {}))
+        known = {f.name for f in fields(cls)}
+        values = {k: v for k, v in content.items() if k in known} | own | overrides
+        if isinstance(values.get("ablations"), Mapping):
+            values["ablations"] = Ablations(**values["ablations"])
+        if "dual_attention_layers" in values:
+            values["dual_attention_layers"] = tuple(values["dual_attention_layers"])
+        if values.get("out_channels") is None:
+            values["out_channels"] = values.get("in_channels", cls.in_channels)
+        return cls(**values)
+
+    def to_json(self) -> dict[str, Any]:
+        """The published config.json, with our fields apart so that the published programs still read it."""
+        content = asdict(self)
+        content["dual_attention_layers"] = list(self.dual_attention_layers)
+        own = {k: content.pop(k) for k in list(content) if k in _OWN_FIELDS}
+        return {"_class_name": PUBLISHED_CLASS, **content, "fourfold": own}
+
+
+_OWN_FIELDS = ("variant", "injection_scale", "anchor", "latent_shift", "latent_scale", "ablations")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a picture is drawn; the defaults are those of the paper and the published program."""
+
+    steps: int = 40
+    guidance: float = 8.0  # classifier-free guidance; 1 = one evaluation a step
+    start_sigma: float = 1.0  # 0..1; 1 = pure noise, below 1 = the LR latent noised to this level
+    shift: float = 3.0  # of FlowMatchEulerDiscreteScheduler
+    tile: int = 64  # latents, side of a window
+    overlap: int = 24  # latents, of neighbouring windows
+    tile_batch: int = 4  # windows per network call
+    color_fix: Literal["adain", "wavelet", "none"] = "adain"
+    multiple: int = 16  # pixels, the padded target is a multiple of this
+    min_short_side: int = 512  # pixels, smaller targets are drawn at this size and shrunk
+
+
+@dataclass(frozen=True)
+class Preset:
+    network: DiT4SRConfig
+    sampling: Sampling
+
+
+PRESETS: dict[str, Preset] = {
+    "full": Preset(DiT4SRConfig(), Sampling()),
+    "tiny": Preset(
+        DiT4SRConfig(
+            sample_size=32,
+            num_layers=4,
+            attention_head_dim=32,
+            num_attention_heads=6,
+            joint_attention_dim=128,
+            caption_projection_dim=192,
+            pooled_projection_dim=128,
+            pos_embed_max_size=64,
+            dual_attention_layers=(0,),
+            injection_scale=1.0,
+            anchor="lr",
+            latent_shift=0.0,
+            latent_scale=1.0,
+        ),
+        Sampling(
+            steps=8,
+            guidance=1.0,
+            start_sigma=0.4,
+            shift=1.0,
+            tile=32,
+            overlap=8,
+            tile_batch=8,
+            multiple=8,
+            min_short_side=128,
+        ),
+    ),
+}
