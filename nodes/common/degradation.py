@@ -1,6 +1,7 @@
 """From a clean photograph to a poor one: the two-stage ("high-order") degradation of Real-ESRGAN, seeded per sample.
 
-Real-ESRGAN (Wang et al. 2021), eq. 1 and 2: one stage is  x = JPEG((y * k) resized + n),  and two stages are applied:
+Real-ESRGAN (Wang et al. 2021): one classical stage is x = JPEG((y * k) resized + n) (section 3.1, eq. 1); two of them,
+one after the other, make the high-order degradation (section 3.2); sinc filters add ringing (section 3.3):
 
     blur -> random resize -> Gaussian or Poisson noise -> JPEG              (first stage)
     blur -> random resize -> noise -> [resize to H/scale, sinc] and JPEG    (second stage, the last two in random order)
@@ -9,138 +10,35 @@ All random numbers come from one CPU generator a sample: first the *recipe* (ker
 itself, always as many numbers as the sizes ask for. So a sample depends neither on its batch nor on the device.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .blur_kernels import KERNEL_KINDS, bell_kernel, filter2d, sinc_kernel, trim
+from .degradation_settings import DEGRADATIONS, LIGHT, REAL_ESRGAN, SEESR, DegradationSettings, StageSettings
 from .jpeg import jpeg
 
-RESIZE_MODES = ("area", "bilinear", "bicubic")
-_PI = 3.141592653589793
+__all__ = [
+    "DEGRADATIONS",
+    "LIGHT",
+    "REAL_ESRGAN",
+    "SEESR",
+    "DegradationSettings",
+    "Recipe",
+    "Stage",
+    "StageSettings",
+    "apply_recipe",
+    "degrade",
+    "draw_recipe",
+]
 
-
-@dataclass(frozen=True)
-class StageSettings:
-    """One stage: blur, resize, noise, JPEG. Probabilities are 0..1, ranges are (low, high), drawn uniformly."""
-
-    blur_prob: float  # probability of any blur at all
-    sinc_prob: float  # of a blur: probability that it is a sinc filter instead of a bell-shaped kernel
-    kernel_probs: tuple[float, ...]  # of the six kinds of KERNEL_KINDS, in that order; sums to 1
-    blur_sigma: tuple[float, float]  # standard deviations of the bell-shaped kernels, px
-    generalized_beta: tuple[float, float]  # shape of the generalised kernels; half of the draws below 1, half above
-    plateau_beta: tuple[float, float]  # shape of the plateau kernels, likewise
-    resize_probs: tuple[float, float, float]  # enlarge, shrink, keep; sums to 1
-    resize_range: tuple[float, float]  # factors: shrink by low..1, enlarge by 1..high
-    noise_prob: float  # probability of any noise at all
-    gaussian_prob: float  # of a noise: probability that it is Gaussian; else Poisson
-    gaussian_sigma: tuple[float, float]  # standard deviation in grey levels of 0..255
-    poisson_scale: tuple[float, float]  # factor on the Poisson noise; 1 = as physics would have it
-    grey_noise_prob: float  # probability that the three channels share their noise
-    jpeg_prob: float  # probability of a JPEG compression
-    jpeg_quality: tuple[float, float]  # 1..100
-    kernel_size: tuple[int, int] = (
-        7,
-        21,
-    )  # smallest and largest kernel, px, odd; all odd sizes alike
-    sinc_cutoff_small: float = _PI / 3  # lowest cutoff of a sinc kernel below sinc_small_size px, rad/px; highest: pi
-    sinc_cutoff_large: float = _PI / 5  # lowest cutoff of the larger sinc kernels, rad/px
-    sinc_small_size: int = 13  # px
-
-
-@dataclass(frozen=True)
-class DegradationSettings:
-    """Both stages and the end. Every number of the degradation is a field here or in `StageSettings`."""
-
-    first: StageSettings
-    second: StageSettings  # its resize factors are relative to the final size, H/scale x W/scale
-    final_sinc_prob: float  # probability of a sinc filter after the resize to the final size
-    final_sinc_cutoff: float = _PI / 3  # its lowest cutoff, rad/px; the highest is pi
-    sinc_before_jpeg_prob: float = 0.5  # probability of [resize, sinc] -> JPEG; else JPEG -> [resize, sinc]
-    resize_modes: tuple[str, ...] = RESIZE_MODES  # drawn with equal probability for each of the three resizes
-    antialias: bool = False  # low-pass before shrinking with bilinear or bicubic; Real-ESRGAN does not
-
-
-_REAL_ESRGAN_FIRST = StageSettings(
-    blur_prob=1.0,
-    sinc_prob=0.1,
-    kernel_probs=(0.45, 0.25, 0.12, 0.03, 0.12, 0.03),
-    blur_sigma=(0.2, 3.0),
-    generalized_beta=(0.5, 4.0),
-    plateau_beta=(1.0, 2.0),
-    resize_probs=(0.2, 0.7, 0.1),
-    resize_range=(0.15, 1.5),
-    noise_prob=1.0,
-    gaussian_prob=0.5,
-    gaussian_sigma=(1.0, 30.0),
-    poisson_scale=(0.05, 3.0),
-    grey_noise_prob=0.4,
-    jpeg_prob=1.0,
-    jpeg_quality=(30.0, 95.0),
-)
-_REAL_ESRGAN_SECOND = replace(
-    _REAL_ESRGAN_FIRST,
-    blur_prob=0.8,
-    blur_sigma=(0.2, 1.5),
-    resize_probs=(0.3, 0.4, 0.3),
-    resize_range=(0.3, 1.2),
-    gaussian_sigma=(1.0, 25.0),
-    poisson_scale=(0.05, 2.5),
-)
-
-# The numbers of Real-ESRGAN's published training options (x4plus). The paper's program also sharpens the clean picture
-# first; that concerns the training target and is left to the caller.
-REAL_ESRGAN = DegradationSettings(first=_REAL_ESRGAN_FIRST, second=_REAL_ESRGAN_SECOND, final_sinc_prob=0.8)
-
-# The numbers of SeeSR's published degradation parameters: the same kernels, a milder rest. DiT4SR and DreamSR take them.
-SEESR = DegradationSettings(
-    first=replace(
-        _REAL_ESRGAN_FIRST,
-        resize_range=(0.3, 1.5),
-        gaussian_sigma=(1.0, 15.0),
-        poisson_scale=(0.05, 2.0),
-        jpeg_quality=(60.0, 95.0),
-    ),
-    second=replace(
-        _REAL_ESRGAN_SECOND,
-        blur_prob=0.5,
-        resize_range=(0.6, 1.2),
-        gaussian_sigma=(1.0, 12.0),
-        poisson_scale=(0.05, 1.0),
-        jpeg_quality=(60.0, 100.0),
-    ),
-    final_sinc_prob=0.8,
-)
-
-# not in the paper: a light degradation (blur, x1/4, mild noise, JPEG, each once) for short trainings and for pictures
-# that are merely small.
-LIGHT = DegradationSettings(
-    first=replace(
-        _REAL_ESRGAN_FIRST,
-        sinc_prob=0.0,
-        blur_sigma=(0.2, 2.0),
-        resize_probs=(0.0, 0.0, 1.0),
-        noise_prob=0.0,
-        jpeg_prob=0.0,
-    ),
-    second=replace(
-        _REAL_ESRGAN_SECOND,
-        blur_prob=0.0,
-        resize_probs=(0.0, 0.0, 1.0),
-        gaussian_sigma=(0.0, 6.0),
-        poisson_scale=(0.05, 0.5),
-        jpeg_quality=(70.0, 95.0),
-    ),
-    final_sinc_prob=0.0,
-    resize_modes=("bicubic",),
-    antialias=True,
-)
-
-DEGRADATIONS: dict[str, DegradationSettings] = {"real_esrgan": REAL_ESRGAN, "seesr": SEESR, "light": LIGHT}
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -148,8 +46,8 @@ class Stage:
     """What one stage does to one picture; None = step left out."""
 
     kernel: Tensor | None  # (k, k)
-    resize: float  # factor
-    mode: str  # one of RESIZE_MODES
+    resize: float  # factor; of the second stage: relative to the final size
+    mode: str  # "area", "bilinear" or "bicubic"
     noise: str | None  # "gaussian" or "poisson"
     strength: float  # Gaussian: sigma in grey levels of 0..255; Poisson: scale
     grey_noise: bool
@@ -165,7 +63,7 @@ class Recipe:
     final_kernel: Tensor | None
     final_mode: str
     sinc_before_jpeg: bool
-    antialias: bool = field(default=False)
+    antialias: bool
 
 
 class _Draws:
@@ -188,7 +86,7 @@ class _Draws:
                 return i
         return max(i for i, weight in enumerate(weights) if weight > 0)
 
-    def pick(self, options: Sequence) -> object:
+    def pick(self, options: Sequence[T]) -> T:
         return options[self.index((1.0,) * len(options))]
 
 
@@ -200,10 +98,10 @@ def _draw_kernel(draws: _Draws, settings: StageSettings) -> Tensor:
     size = _odd_size(draws, settings)
     if draws.chance(settings.sinc_prob):
         low = settings.sinc_cutoff_small if size < settings.sinc_small_size else settings.sinc_cutoff_large
-        return sinc_kernel(size, draws.uniform(low, _PI))
+        return sinc_kernel(size, draws.uniform(low, math.pi))
     kind = KERNEL_KINDS[draws.index(settings.kernel_probs)]
     sigma_x, sigma_y = draws.uniform(*settings.blur_sigma), draws.uniform(*settings.blur_sigma)
-    theta = draws.uniform(-_PI, _PI)
+    theta = draws.uniform(-math.pi, math.pi)
     low, high = settings.plateau_beta if kind.startswith("plateau") else settings.generalized_beta
     beta = draws.uniform(low, 1.0) if draws.chance(0.5) else draws.uniform(1.0, high)
     return trim(bell_kernel(kind, size, sigma_x, sigma_y, theta, beta))
@@ -230,7 +128,9 @@ def draw_recipe(settings: DegradationSettings, generator: torch.Generator) -> Re
     second = _draw_stage(draws, settings.second, settings.resize_modes)
     final_kernel = None
     if draws.chance(settings.final_sinc_prob):
-        final_kernel = sinc_kernel(_odd_size(draws, settings.second), draws.uniform(settings.final_sinc_cutoff, _PI))
+        final_kernel = sinc_kernel(
+            _odd_size(draws, settings.second), draws.uniform(settings.final_sinc_cutoff, math.pi)
+        )
     before = draws.chance(settings.sinc_before_jpeg_prob)
     return Recipe(first, second, final_kernel, draws.pick(settings.resize_modes), before, settings.antialias)
 
@@ -251,25 +151,35 @@ def _gaussian_noise(x: Tensor, sigma: float, grey: bool, generator: torch.Genera
 _QUANTILES = 2048
 
 
-@lru_cache(maxsize=24)
-def _poisson_table(peak: int, device: torch.device) -> Tensor:
-    """Poisson noise (count - rate) / peak of rate peak * level / 255 at 2048 quantiles: (256 * 2048,), level-major."""
-    rate = (torch.arange(256, dtype=torch.float64) * peak / 255)[:, None]
-    count = torch.arange(int(peak + 10 * peak**0.5 + 12), dtype=torch.float64)[None]
-    cdf = torch.special.gammaincc(count + 1, rate.expand(256, count.shape[1]))
-    middle = ((torch.arange(_QUANTILES, dtype=torch.float64) + 0.5) / _QUANTILES).expand(256, _QUANTILES).contiguous()
-    drawn = torch.searchsorted(cdf.contiguous(), middle)
-    return ((drawn - rate) / peak).float().flatten().to(device)
+@lru_cache(maxsize=8)
+def _poisson_counts(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Poisson's inverse distribution function as a table, so that one draw is one look-up, on any device.
+
+    Returns: counts (9 * 256 * 2048,) int16, by log2 of the peak, grey level, quantile: the count at the quantiles
+        (q + 0.5) / 2048 of the rate peak * level / 255; and the peaks 1, 2, 4, ..., 256, (9,) float32.
+    """
+    peaks = 2.0 ** torch.arange(9, dtype=torch.float64)
+    quantiles = ((torch.arange(_QUANTILES, dtype=torch.float64) + 0.5) / _QUANTILES).expand(256, -1).contiguous()
+    counts = torch.empty(len(peaks), 256, _QUANTILES, dtype=torch.int16)
+    for table, peak in zip(counts, peaks.tolist(), strict=True):
+        rate = (torch.arange(256, dtype=torch.float64) * peak / 255)[:, None]
+        count = torch.arange(int(peak + 5 * peak**0.5 + 12), dtype=torch.float64)
+        below = torch.special.gammaincc((count + 1).expand(256, -1), rate.expand(-1, len(count)))  # P(N <= count)
+        table.copy_(torch.searchsorted(below.contiguous(), quantiles))
+    return counts.flatten().to(device), peaks.float().to(device)
 
 
 def _poisson_noise(x: Tensor, scale: float, grey: bool, generator: torch.Generator) -> Tensor:
+    """scale * (Poisson(peak * x) / peak - x), the peak being the number of grey levels in use, up to a power of two."""
     if grey:
         x = (x * x.new_tensor((0.299, 0.587, 0.114)).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
     level = (x * 255).round_().clamp_(0, 255).long()
-    used = int(torch.zeros(256, device=x.device).index_fill_(0, level.flatten(), 1).sum())
-    peak = 1 << (used - 1).bit_length()
-    quantile = torch.randint(_QUANTILES, x.shape, generator=generator).to(x.device, non_blocking=True)
-    return _poisson_table(peak, x.device)[level * _QUANTILES + quantile] * scale
+    counts, peaks = _poisson_counts(x.device)
+    used = torch.zeros(256, device=x.device).index_fill_(0, level.flatten(), 1).sum()
+    log2_peak = torch.bucketize(used, peaks)  # a tensor: the accelerator is not waited for
+    draw = torch.randint(_QUANTILES, x.shape, generator=generator).to(x.device, non_blocking=True)
+    count = counts.index_select(0, ((log2_peak * 256 + level) * _QUANTILES + draw).flatten()).view(x.shape)
+    return (count / peaks[log2_peak] - level / 255) * scale
 
 
 def _apply_stage(x: Tensor, stage: Stage, size: tuple[int, int], antialias: bool, generator: torch.Generator) -> Tensor:
@@ -289,7 +199,7 @@ def _scaled(size: tuple[float, float], factor: float) -> tuple[int, int]:
 
 
 def apply_recipe(hr: Tensor, recipe: Recipe, generator: torch.Generator, scale: int = 4) -> Tensor:
-    """Degrades one picture by a recipe. hr (1, 3, H, W) in 0..1 -> (1, 3, H // scale, W // scale), 8-bit levels."""
+    """Degrades one picture (1, 3, H, W) in 0..1 by a recipe -> (1, 3, H // scale, W // scale), multiples of 1/255."""
     height, width = hr.shape[-2:]
     final_size = (height // scale, width // scale)
     first, second, antialias = recipe.first, recipe.second, recipe.antialias
@@ -311,7 +221,9 @@ def apply_recipe(hr: Tensor, recipe: Recipe, generator: torch.Generator, scale: 
 
 @torch.no_grad()
 def degrade(hr: Tensor, settings: DegradationSettings, seed: int | Sequence[int], scale: int = 4) -> Tensor:
-    """Makes the low-resolution counterpart of clean pictures (Real-ESRGAN section 3, eq. 1 and 2, figure 2).
+    """Makes the low-resolution counterpart of clean pictures: Real-ESRGAN's high-order degradation (sections 3.1-3.3).
+
+    x = D2(D1(y)), each stage D(y) = JPEG((y * k) resized + n) (eq. 1), with a sinc filter at the end.
 
     Args:
         hr: clean pictures, (B, 3, H, W) float, RGB in 0..1; H and W at least `max(scale, 4)` px, on any device.
@@ -324,11 +236,13 @@ def degrade(hr: Tensor, settings: DegradationSettings, seed: int | Sequence[int]
         match the batch, or a scale below 1.
     """
     seeds = _checked(hr, seed, scale)
-    rows = []
-    for picture, own_seed in zip(hr.float().split(1), seeds, strict=True):
-        generator = torch.Generator().manual_seed(own_seed)
-        rows.append(apply_recipe(picture, draw_recipe(settings, generator), generator, scale))
-    return torch.cat(rows)
+    lr = hr.new_empty((len(seeds), 3, hr.shape[-2] // scale, hr.shape[-1] // scale), dtype=torch.float32)
+    with torch.autocast(hr.device.type, enabled=False):
+        for b, own_seed in enumerate(seeds):
+            generator = torch.Generator().manual_seed(own_seed)
+            recipe = draw_recipe(settings, generator)
+            lr[b : b + 1] = apply_recipe(hr[b : b + 1].float(), recipe, generator, scale)
+    return lr
 
 
 def _checked(hr: Tensor, seed: int | Sequence[int], scale: int) -> list[int]:
