@@ -1,0 +1,75 @@
+"""Options that several commands share: which method with which weights, and how it samples."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+METHODS = ("dit4sr",)
+COLOR_FIXES = ("adain", "wavelet", "none")
+
+# Option names that are handed to the method as they are; None = left to the method (the paper's value).
+SAMPLING = ("steps", "prompt", "negative", "guidance", "start_sigma", "tile", "overlap", "tile_batch", "color_fix")
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """An argparse type: a whole number of `minimum` or more."""
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = minimum - 1
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"a whole number of at least {minimum} is expected, not {text!r}")
+        return value
+    return parse
+
+
+def fraction(text: str) -> float:
+    """An argparse type: a number above 0 and at most 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"a number above 0 and at most 1 is expected, not {text!r}")
+    return value
+
+
+def positive(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"a number above 0 is expected, not {text!r}")
+    return value
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """--model, --base and --device."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="tiny", metavar="tiny|PATH",
+                       help="the embedded tiny weights, or a folder with the method's own (default: tiny)")
+    group.add_argument("--base", metavar="PATH", help="folder of the base model (VAE, text encoders); not for tiny")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """How the method samples; what is not given is left to the method's defaults."""
+    group = parser.add_argument_group("sampling (default: what suits the weights; for full size the paper's values)")
+    group.add_argument("--steps", type=at_least(1), help="denoising steps")
+    group.add_argument("--prompt", help="what the picture shows (default: a caption made from it)")
+    group.add_argument("--negative", help="what the picture should not look like")
+    group.add_argument("--guidance", type=positive, help="classifier-free guidance; 1 = none")
+    group.add_argument("--start-sigma", type=fraction,
+                       help="noise level to start from: 1 = pure noise, less = nearer to the input")
+    group.add_argument("--tile", type=at_least(1), help="side of the windows, in latent pixels")
+    group.add_argument("--overlap", type=at_least(0), help="overlap of the windows, in latent pixels")
+    group.add_argument("--tile-batch", type=at_least(1), help="windows per call of the network")
+    group.add_argument("--color-fix", choices=COLOR_FIXES, help="how the input's colours are put back")
+
+
+def sampling_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The sampling options that were given, as keyword arguments of `fourfold.restore`."""
+    return {name: getattr(options, name) for name in SAMPLING if getattr(options, name) is not None}
