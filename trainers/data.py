@@ -1,0 +1,196 @@
+"""Photographs as training and validation pairs: clean crop, degraded crop, caption."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torch.utils.data import get_worker_info
+
+from ..nodes.common.captions import EmbeddedCaptioner
+from ..nodes.common.degradation import DegradationSettings, degrade
+from ..nodes.common.images import read_image
+from .order import generator_of, seed_of
+
+log = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+def find_images(folder: str | Path) -> list[Path]:
+    """Image files under `folder`, recursively, sorted by their path in it; hidden files and folders are left out.
+
+    Raises: FileNotFoundError if the folder does not exist or holds no image.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"The folder of photographs {folder} does not exist.")
+    inside = [p.relative_to(folder) for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
+    visible = [p for p in inside if not any(part.startswith(".") for part in p.parts)]
+    if not visible:
+        raise FileNotFoundError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)}), nor do its subfolders.")
+    return [folder / p for p in sorted(visible, key=lambda p: p.as_posix())]
+
+
+class PictureCache:
+    """Decoded pictures as (3, H, W) uint8, kept in memory up to a budget.
+
+    What fits altogether is decoded at once, so that data processes that are forked later share it. Of a larger folder
+    every data process keeps the first pictures that it meets, within its share of the budget; as pictures are drawn
+    evenly, no other choice would be met more often.
+
+    Args:
+        paths: image files.
+        budget: bytes.
+    """
+
+    def __init__(self, paths: list[Path], budget: int):
+        self.paths, self.budget, self.used = paths, budget, 0
+        self.sizes = [_size(path) for path in paths]  # (short, long) in px
+        self._pictures: dict[int, Tensor] = {}
+        if sum(3 * a * b for a, b in self.sizes) <= budget:
+            for index in range(len(paths)):
+                self[index]
+
+    def __getitem__(self, index: int) -> Tensor:
+        if index in self._pictures:
+            return self._pictures[index]
+        picture = (_rgb(read_image(self.paths[index])[0]) * 255).round().to(torch.uint8)
+        worker = get_worker_info()
+        if self.used + picture.numel() <= self.budget / (worker.num_workers if worker else 1):
+            self._pictures[index] = picture
+            self.used += picture.numel()
+        return picture
+
+
+class Photographs:
+    """Endless stream of random crops; item i is a pure function of (files, settings, seed, i).
+
+    A picture is drawn, and of it a square of crop / s pixels, s uniform in min_scale..1 (shrunk to crop by bicubic
+    interpolation with antialiasing: sharp even where the source is not), mirrored and turned by quarters at random.
+
+    Args:
+        folder: searched recursively (`find_images`). Pictures with a side below `crop` are left out.
+        crop: side of the clean crop, px; a multiple of `scale`.
+        degradation: how the low-resolution crop is made; None leaves ``lr`` out of the items.
+        seed: of everything random.
+        captions: True = a .txt file next to the picture, else `EmbeddedCaptioner` on the clean crop; False = "" ;
+            or a captioner (bchw in 0..1 -> list of str).
+        min_scale: smallest s, in 0..1; 1 = never shrink.
+        scale: clean side / degraded side.
+        cache_bytes: memory for decoded pictures (`PictureCache`).
+    Items: ``hr`` (3, crop, crop), ``lr`` (3, crop / scale, crop / scale), float32 in 0..1; ``caption`` str; ``index``.
+    """
+
+    def __init__(self, folder: str | Path, crop: int, degradation: DegradationSettings | None, seed: int = 0,
+                 captions: bool | Callable[[Tensor], list[str]] = True, min_scale: float = 0.5, scale: int = 4,
+                 cache_bytes: int = 2 * 1024**3):
+        if crop % scale or crop <= 0:
+            raise ValueError(f"The crop is {crop} px, but must be a positive multiple of the scale {scale}.")
+        if not 0 < min_scale <= 1:
+            raise ValueError(f"min_scale is {min_scale}, but must be above 0 and at most 1.")
+        paths = find_images(folder)
+        large = [path for path in paths if min(_size(path)) >= crop]
+        if not large:
+            raise ValueError(f"All {len(paths)} pictures of {folder} have a side below the crop of {crop} px. Choose a "
+                             "smaller crop or larger pictures.")
+        if len(large) < len(paths):
+            log.warning("%d of %d pictures have a side below %d px and are left out", len(paths) - len(large),
+                        len(paths), crop)
+        self.pictures = PictureCache(large, cache_bytes)
+        self.crop, self.degradation, self.seed, self.min_scale, self.scale = crop, degradation, seed, min_scale, scale
+        self.captioner = _captioner(captions)
+        self.captions = [_caption_file(path) if captions else None for path in large]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        draws = generator_of(self.seed, "photograph", index)
+        which = int(torch.randint(len(self.pictures.paths), (), generator=draws))
+        hr = self._crop(self.pictures[which], draws)
+        item = {"hr": hr, "caption": self.captions[which] or self.captioner(hr[None])[0], "index": index}
+        if self.degradation is not None:
+            item["lr"] = degrade(hr[None], self.degradation, seed_of(self.seed, "degradation", index), self.scale)[0]
+        return item
+
+    def _crop(self, picture: Tensor, draws: torch.Generator) -> Tensor:
+        height, width = picture.shape[1:]
+        u, v, w = torch.rand(3, generator=draws).tolist()
+        shrink = self.min_scale + (1 - self.min_scale) * u
+        side = min(round(self.crop / shrink), height, width)
+        top, left = round(v * (height - side)), round(w * (width - side))
+        hr = picture[:, top:top + side, left:left + side].float() / 255
+        if side != self.crop:
+            size = (self.crop, self.crop)
+            hr = interpolate(hr[None], size, mode="bicubic", antialias=True, align_corners=False)[0].clamp(0, 1)
+        turns, mirror = torch.randint(4, (2,), generator=draws).tolist()
+        hr = torch.rot90(hr, turns, (1, 2))
+        return (hr.flip(2) if mirror % 2 else hr).contiguous()
+
+
+class ValidationPhotographs:
+    """The fixed validation pairs: picture i of the sorted folder, its centre, degraded with seed i.
+
+    Args:
+        folder: searched recursively (`find_images`).
+        degradation: how the low-resolution picture is made.
+        size: side of the centre crop, px; a multiple of `scale`.
+        limit: only the first so many pictures; None = all.
+        captions, scale: as in `Photographs`.
+    Items: as those of `Photographs`, with ``name`` (the file's name without suffix) in addition.
+    Raises: ValueError if a picture is smaller than `size`.
+    """
+
+    def __init__(self, folder: str | Path, degradation: DegradationSettings, size: int = 256, limit: int | None = None,
+                 captions: bool | Callable[[Tensor], list[str]] = True, scale: int = 4):
+        self.paths = find_images(folder)[:limit]
+        small = [path.name for path in self.paths if min(_size(path)) < size]
+        if small:
+            raise ValueError(f"{len(small)} of {len(self.paths)} validation pictures have a side below {size} px, "
+                             f"the first is {small[0]}. Choose a smaller size or remove them.")
+        self.degradation, self.size, self.scale = degradation, size, scale
+        self.captioner = _captioner(captions)
+        self.captions = [_caption_file(path) if captions else None for path in self.paths]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"validation picture {index} of {len(self)}")
+        picture = _rgb(read_image(self.paths[index])[0])
+        top, left = (picture.shape[1] - self.size) // 2, (picture.shape[2] - self.size) // 2
+        hr = picture[:, top:top + self.size, left:left + self.size].contiguous()
+        return {"hr": hr, "lr": degrade(hr[None], self.degradation, index, self.scale)[0],
+                "caption": self.captions[index] or self.captioner(hr[None])[0], "index": index,
+                "name": self.paths[index].stem}
+
+
+def _captioner(captions: bool | Callable[[Tensor], list[str]]) -> Callable[[Tensor], list[str]]:
+    if callable(captions):
+        return captions
+    return EmbeddedCaptioner() if captions else lambda images: [""] * len(images)
+
+
+def _caption_file(path: Path) -> str | None:
+    """What the .txt file next to a picture says; None without one."""
+    text = path.with_suffix(".txt")
+    return text.read_text(encoding="utf-8").strip() if text.is_file() else None
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """Shorter and longer side in px, from the file's head."""
+    try:
+        with Image.open(path) as image:
+            return min(image.size), max(image.size)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is not an image that can be read. Remove it from the folder.") from error
+
+
+def _rgb(picture: Tensor) -> Tensor:
+    """(C, H, W) with C = 1 (grey), 2 (grey, alpha), 3 or 4 (RGB, alpha) -> (3, H, W); alpha is dropped."""
+    return picture[:1].expand(3, -1, -1) if len(picture) < 3 else picture[:3]
