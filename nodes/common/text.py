@@ -112,7 +112,7 @@ class SD3TextEncoder(nn.Module):
         """Tokens [CLIP-L | CLIP-G | zeros] followed by T5's, and the pooled vectors of both CLIPs.
 
         Args:
-            prompts: B prompts; what goes beyond 77 CLIP tokens or `t5_length` T5 tokens is cut, and a warning says what.
+            prompts: B prompts; beyond 77 CLIP tokens or `t5_length` T5 tokens they are cut (a warning says what).
             t5_length: number of T5's tokens, at least 1.
         Returns: prompt_embeds (B, 77 + t5_length, 4096) and pooled (B, 768 + 1280), device and dtype of CLIP-L.
         Raises: ValueError for something else than a list of texts.
