@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import get_worker_info
 
 from ..nodes.common.captions import EmbeddedCaptioner
-from ..nodes.common.degradation import DegradationSettings, degrade
+from ..nodes.common.degradation import DEGRADATIONS, DegradationSettings, degrade
 from ..nodes.common.images import read_image
 from .order import generator_of, seed_of
 
@@ -24,7 +24,9 @@ IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def find_images(folder: str | Path) -> list[Path]:
-    """Image files under `folder`, recursively, sorted by their path in it; hidden files and folders are left out.
+    """Photographs under `folder`, recursively, sorted by their path in it; hidden files and folders are left out.
+
+    A PNG with one channel that shares its name with a JPEG is that photograph's label map and is left out too.
 
     Raises: FileNotFoundError if the folder does not exist or holds no image.
     """
@@ -35,7 +37,11 @@ def find_images(folder: str | Path) -> list[Path]:
     visible = [p for p in inside if not any(part.startswith(".") for part in p.parts)]
     if not visible:
         raise FileNotFoundError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)}), nor do its subfolders.")
-    return [folder / p for p in sorted(visible, key=lambda p: p.as_posix())]
+    photographs = {p.stem for p in visible if p.suffix.lower() in (".jpg", ".jpeg")}
+    maps = {p for p in visible if p.suffix.lower() == ".png" and p.stem in photographs and _is_map(folder / p)}
+    if maps:
+        log.info("%d of the %d images under %s are label maps and are left out", len(maps), len(visible), folder)
+    return [folder / p for p in sorted(set(visible) - maps, key=lambda p: p.as_posix())]
 
 
 class PictureCache:
@@ -78,7 +84,7 @@ class Photographs:
     Args:
         folder: searched recursively (`find_images`). Pictures with a side below `crop` are left out.
         crop: side of the clean crop, px; a multiple of `scale`.
-        degradation: how the low-resolution crop is made; None leaves ``lr`` out of the items.
+        degradation: how the low-resolution crop is made, settings or a name of `DEGRADATIONS`; None leaves ``lr`` out.
         seed: of everything random.
         captions: True = a .txt file next to the picture, else `EmbeddedCaptioner` on the clean crop; False = "" ;
             or a captioner (bchw in 0..1 -> list of str).
@@ -88,7 +94,7 @@ class Photographs:
     Items: ``hr`` (3, crop, crop), ``lr`` (3, crop / scale, crop / scale), float32 in 0..1; ``caption`` str; ``index``.
     """
 
-    def __init__(self, folder: str | Path, crop: int, degradation: DegradationSettings | None, seed: int = 0,
+    def __init__(self, folder: str | Path, crop: int, degradation: DegradationSettings | str | None, seed: int = 0,
                  captions: bool | Callable[[Tensor], list[str]] = True, min_scale: float = 0.5, scale: int = 4,
                  cache_bytes: int = 2 * 1024**3):
         if crop % scale or crop <= 0:
@@ -104,7 +110,8 @@ class Photographs:
             log.warning("%d of %d pictures have a side below %d px and are left out", len(paths) - len(large),
                         len(paths), crop)
         self.pictures = PictureCache(large, cache_bytes)
-        self.crop, self.degradation, self.seed, self.min_scale, self.scale = crop, degradation, seed, min_scale, scale
+        self.degradation = _settings(degradation)
+        self.crop, self.seed, self.min_scale, self.scale = crop, seed, min_scale, scale
         self.captioner = _captioner(captions)
         self.captions = [_caption_file(path) if captions else None for path in large]
 
@@ -137,7 +144,7 @@ class ValidationPhotographs:
 
     Args:
         folder: searched recursively (`find_images`).
-        degradation: how the low-resolution picture is made.
+        degradation: how the low-resolution picture is made, settings or a name of `DEGRADATIONS`.
         size: side of the centre crop, px; a multiple of `scale`.
         limit: only the first so many pictures; None = all.
         captions, scale: as in `Photographs`.
@@ -145,14 +152,14 @@ class ValidationPhotographs:
     Raises: ValueError if a picture is smaller than `size`.
     """
 
-    def __init__(self, folder: str | Path, degradation: DegradationSettings, size: int = 256, limit: int | None = None,
-                 captions: bool | Callable[[Tensor], list[str]] = True, scale: int = 4):
+    def __init__(self, folder: str | Path, degradation: DegradationSettings | str, size: int = 256,
+                 limit: int | None = None, captions: bool | Callable[[Tensor], list[str]] = True, scale: int = 4):
         self.paths = find_images(folder)[:limit]
         small = [path.name for path in self.paths if min(_size(path)) < size]
         if small:
             raise ValueError(f"{len(small)} of {len(self.paths)} validation pictures have a side below {size} px, "
                              f"the first is {small[0]}. Choose a smaller size or remove them.")
-        self.degradation, self.size, self.scale = degradation, size, scale
+        self.degradation, self.size, self.scale = _settings(degradation), size, scale
         self.captioner = _captioner(captions)
         self.captions = [_caption_file(path) if captions else None for path in self.paths]
 
@@ -170,6 +177,14 @@ class ValidationPhotographs:
                 "name": self.paths[index].stem}
 
 
+def _settings(degradation: DegradationSettings | str | None) -> DegradationSettings | None:
+    if not isinstance(degradation, str):
+        return degradation
+    if degradation not in DEGRADATIONS:
+        raise ValueError(f"There is no degradation {degradation!r}; choose one of {', '.join(DEGRADATIONS)}.")
+    return DEGRADATIONS[degradation]
+
+
 def _captioner(captions: bool | Callable[[Tensor], list[str]]) -> Callable[[Tensor], list[str]]:
     if callable(captions):
         return captions
@@ -180,6 +195,11 @@ def _caption_file(path: Path) -> str | None:
     """What the .txt file next to a picture says; None without one."""
     text = path.with_suffix(".txt")
     return text.read_text(encoding="utf-8").strip() if text.is_file() else None
+
+
+def _is_map(path: Path) -> bool:
+    with Image.open(path) as image:
+        return len(image.getbands()) == 1
 
 
 def _size(path: Path) -> tuple[int, int]:

@@ -131,6 +131,9 @@ class _Run:
 
     def train(self, stop: list[int]) -> None:
         config, clock = self.config, _Clock()
+        if self.step >= config.max_steps:
+            log.warning("the training is complete at step %d; a larger --max_steps continues it", self.step)
+            return
         order = BatchOrder(self.step, config.max_steps, config.batch_size, config.gradient_accumulation,
                            self.accelerator.process_index, self.accelerator.num_processes)
         batches = iter(loader(self.dataset, order, config.seed, config.num_workers, self.device.type == "cuda"))
@@ -138,14 +141,17 @@ class _Run:
         while self.step < config.max_steps and not self._agree(stop):
             self.window.add(self._advance(batches))
             clock.count(config.batch_size * config.gradient_accumulation * self.accelerator.num_processes)
-            if self.step % config.log_every == 0 or self.step == config.max_steps:
+            if self.step % config.log_every == 0:
                 self._log(clock)
+                self.window = Window()
             if config.save_every and self.step % config.save_every == 0:
                 saved = self._save()
             if config.sample_every and self.step % config.sample_every == 0:
                 self._sample()
         if saved != self.step:
             self._save()
+        if self.window.values and self.step == config.max_steps:
+            self._log(clock)  # the last, shorter interval; the checkpoint keeps it open for a longer training
         if stop:
             log.warning("stopped by signal %d after step %d; continue with --resume latest", stop[0], self.step)
 
@@ -232,7 +238,7 @@ class _Run:
         means = [self.window.means()]
         if self.accelerator.num_processes > 1:
             broadcast_object_list(means)
-        self.last_loss, self.window = means[0]["loss"], Window()
+        self.last_loss = means[0]["loss"]
         if self.journal is not None:
             rate, left = clock.read(self.config.max_steps - self.step)
             numbers = {**means[0], "lr": learning_rate_at(self.step - 1, self.config),
