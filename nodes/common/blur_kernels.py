@@ -133,8 +133,8 @@ def filter2d(image: Tensor, kernel: Tensor) -> Tensor:
     kernel = kernel.to(image.device, image.dtype)
     batch, channels, height, width = image.shape
     padded = _pad_mirrored(image, size // 2)
-    # A depth-wise convolution of three channels leaves most of a processor's vector lanes idle. So on the CPU the picture
-    # is cut into horizontal strips that overlap by the kernel's reach, and the strips become channels.
+    # A depth-wise convolution of three channels leaves most of a processor's vector lanes idle. So on the CPU the
+    # picture is cut into horizontal strips that overlap by the kernel's reach, and the strips become channels.
     strips = min(_STRIPS, height) if image.device.type == "cpu" else 1
     rows = -(-height // strips)
     padded = F.pad(padded, (0, 0, 0, rows * strips - height))

@@ -71,16 +71,17 @@ def _quantised(plane: Tensor, table: Tensor, dct: Tensor) -> Tensor:
     return (rows.view(-1, 8) @ dct).view(n, height, width)
 
 
+@torch.no_grad()
 def jpeg(image: Tensor, quality: float | Tensor) -> Tensor:
     """Compresses and decompresses a batch of pictures as a JPEG file (4:2:0, standard tables) would.
 
     Sizes that are no multiple of 16 are filled up by repeating the last row and column, as encoders do, and cropped.
-    Chroma is enlarged by the triangle filter of libjpeg's decoder. Intermediate planes are not rounded to 8 bits.
+    Pixels and colour planes are rounded to 8 bits as in a file; chroma is enlarged by the triangle filter of decoders.
 
     Args:
         image: (B, 3, H, W) float, RGB in 0..1, any size from 1 px; values outside are clamped.
         quality: 1..100, a number or (B,), fractions allowed.
-    Returns: (B, 3, H, W) in 0..1, dtype and device of `image`; not rounded to 8 bits.
+    Returns: (B, 3, H, W), multiples of 1/255 in 0..1, dtype and device of `image`.
     Raises: ValueError for another shape or a quality out of range (a tensor on an accelerator is not checked,
         to spare the wait for it).
     """
@@ -98,16 +99,18 @@ def jpeg(image: Tensor, quality: float | Tensor) -> Tensor:
     _, dct, to_ycc, to_rgb = _constants(image.device)
     tables = quantisation_tables(quality.to(image.device, torch.float32))
 
-    x = image.float().clamp(0, 1) * 255
+    x = (image.float().clamp(0, 1) * 255).round_()
     bottom, right = -height % 16, -width % 16
     if bottom or right:
         x = F.pad(x, (0, right, 0, bottom), mode="replicate")
-    ycc = (to_ycc @ x.flatten(2)).view_as(x)
+    ycc = (to_ycc @ x.flatten(2)).view_as(x).round_()
     luma = _quantised(ycc[:, 0] - 128, tables[:, 0], dct) + 128
     chroma = F.avg_pool2d(ycc[:, 1:], 2).flatten(0, 1)
+    rounding = x.new_tensor((0.25, 0.5)).repeat(chroma.shape[-1] // 2)  # halves go down and up by turns, as in libjpeg
+    chroma = (chroma + rounding).floor_()
     chroma = _quantised(chroma, tables[:, 1].repeat_interleave(2, dim=0), dct)
     chroma = chroma[:, : (height + 1) // 2, : (width + 1) // 2].unflatten(0, (batch, 2))
     chroma = F.interpolate(chroma, scale_factor=2, mode="bilinear")[..., :height, :width]
     ycc = torch.cat((luma[:, None, :height, :width], chroma), dim=1)
     rgb = (to_rgb @ ycc.flatten(2)).view(image.shape)
-    return (rgb / 255).clamp_(0, 1).to(image.dtype)
+    return (rgb.round_().clamp_(0, 255) / 255).to(image.dtype)
