@@ -166,7 +166,7 @@ class ComfyServer:
                 self._command(), cwd=self.comfyui, env=environment, stdin=subprocess.DEVNULL, stdout=sink,
                 stderr=subprocess.STDOUT, start_new_session=os.name == "posix")
         self._wait()
-        if self.suite and self.link_name not in self._loaded():
+        if self.suite and self._import_failed():
             raise ServerError(f"ComfyUI at {self.comfyui} could not import {self.suite}. The end of its log:\n"
                               f"{self.log_tail()}\nIf a module is missing, install the suite's dependencies: "
                               f"{self.python} -m pip install -e {self.suite}")
@@ -238,9 +238,9 @@ class ComfyServer:
         raise ServerError(f"ComfyUI at {self.comfyui} did not answer at {self.address} within {self.timeout:.0f} s. "
                           f"The end of its log:\n{self.log_tail()}")
 
-    def _loaded(self) -> set[str]:
-        modules = {str(node.get("python_module", "")) for node in self._get("/object_info").json().values()}
-        return {module.removeprefix("custom_nodes.") for module in modules if module.startswith("custom_nodes.")}
+    def _import_failed(self) -> bool:
+        lines = (line.rstrip() for line in self.log_text().splitlines())
+        return any("(IMPORT FAILED)" in line and line.endswith(self.link_name) for line in lines)
 
     def _get(self, path: str) -> requests.Response:
         with requests.Session() as session:

@@ -117,7 +117,7 @@ def test_server_that_never_answers_is_ended(tmp_path, suite):
 
 
 def test_suite_that_fails_to_import_is_told(tmp_path, suite):
-    program = ANSWERS.replace("links = [", "links = [] and [")
+    program = ANSWERS.replace("stand-in listens", "0.0 seconds (IMPORT FAILED): /x/custom_nodes/comfyui-fourfold")
     comfyui = checkout(tmp_path / "comfyui", program)
     with pytest.raises(ServerError, match=r"(?s)could not import .*suite.*pip install"), \
             ComfyServer(comfyui, sys.executable, suite=suite, cpu=True, timeout=30):
