@@ -114,8 +114,8 @@ PRESETS: dict[str, Preset] = {
         DiT4SRConfig(
             sample_size=32,
             num_layers=4,
-            attention_head_dim=32,
-            num_attention_heads=6,
+            attention_head_dim=64,
+            num_attention_heads=3,
             joint_attention_dim=128,
             caption_projection_dim=192,
             pooled_projection_dim=128,

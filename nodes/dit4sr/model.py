@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,10 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 from ..common import checkpoints
 from .attention import ControlAttention
-from .config import DiT4SRConfig, Variant
+from .config import Ablations, DiT4SRConfig, Variant
 
 TIMESTEPS = 1000  # the network is told sigma * 1000
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+_UNUSED = re.compile(r"\.attn2\.(add_|to_add_out|norm_added)")  # text layers of an attention that sees no text
 
 
 class ControlFeedForward(nn.Module):
@@ -237,9 +240,24 @@ class DiT4SRTransformer(nn.Module):
         for block in self.transformer_blocks:
             block.init_control()
 
+    def init_from_scratch(self) -> None:
+        """Starts a training without a base (tiny family): blocks begin as the identity, the output as zero (DiT's
+        adaLN-Zero); the projections of the LR stream keep their random weights, so that it is heard from the start."""
+        for block in self.transformer_blocks:
+            for layer in (block.norm1.linear, block.norm1_context.linear, block.ff.control):
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
+        for layer in (self.norm_out.linear, self.proj_out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
     def control_parameters(self) -> list[nn.Parameter]:
         """What the paper trains: everything with `control` in its name."""
         return [p for name, p in self.named_parameters() if "control" in name]
+
+    def unused_parameters(self) -> list[nn.Parameter]:
+        """Weights that the published files carry but no output depends on."""
+        return [p for name, p in self.named_parameters() if _UNUSED.search(name)]
 
     @classmethod
     def from_pretrained(
@@ -263,12 +281,40 @@ class DiT4SRTransformer(nn.Module):
         checkpoints.load_strict(model, state, source=path)
         return model.eval().requires_grad_(False)
 
-    def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
-        """Writes the published folder format. `state`: other weights than the module's own (an EMA, say)."""
+    @classmethod
+    def from_base(
+        cls, folder: str | Path, ablations: Ablations = Ablations(), dtype: torch.dtype | None = None
+    ) -> DiT4SRTransformer:
+        """A new network on the transformer of Stable Diffusion 3.5 (a diffusers folder), ready for training.
+
+        The LR stream starts as the paper says (`init_control`); the unused layers of attn2 start at zero.
+        Raises: as `from_pretrained`, with everything but the added layers matched strictly.
+        """
+        folder = Path(folder)
+        model = cls(replace(read_config(folder, "r1"), ablations=ablations)).to(dtype or torch.float32)
+        state = {k: v.to(model.dtype) for k, v in checkpoints.load_state(folder).items()}
+        unused = {name for name, p in model.named_parameters() if _UNUSED.search(name)}
+        added = {name: v for name, v in model.state_dict().items() if "control" in name}
+        added |= {name: torch.zeros_like(v) for name, v in model.state_dict().items() if name in unused}
+        checkpoints.load_strict(model, added | state, source=folder)
+        model.init_control()
+        return model
+
+    def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None, **summary) -> None:
+        """Writes the published folder format.
+
+        Args:
+            state: other weights than the module's own (an EMA, say).
+            summary: step, licence, training and dtype for `checkpoints.save_checkpoint`.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         checkpoints.save_checkpoint(
-            folder / WEIGHTS_NAME, state or self.state_dict(), method="dit4sr", config=self.config.to_json()
+            folder / WEIGHTS_NAME,
+            state or self.state_dict(),
+            method="dit4sr",
+            config=self.config.to_json(),
+            **summary,
         )
         with checkpoints.atomic_path(folder / "config.json") as temporary:
             temporary.write_text(json.dumps(self.config.to_json(), indent=2) + "\n")
