@@ -100,7 +100,8 @@ def test_conversion_follows_reroutes_and_bypassed_nodes_and_drops_muted_ones(obj
             node(5, "SaveImage", mode=2, inputs=[("images", 4)], values=["muted"]),
             node(6, "MarkdownNote", values=["text"]),
         ],
-        "links": [[1, 1, 0, 2, 0, "IMAGE"], [2, 2, 0, 3, 0, "IMAGE"], [3, 3, 0, 4, 0, "IMAGE"], [4, 3, 0, 5, 0, "IMAGE"]],
+        "links": [[1, 1, 0, 2, 0, "IMAGE"], [2, 2, 0, 3, 0, "IMAGE"],
+                  [3, 3, 0, 4, 0, "IMAGE"], [4, 3, 0, 5, 0, "IMAGE"]],
     }
     graph = to_api(workflow, object_info)
     assert set(graph) == {"1", "4"}
@@ -116,5 +117,5 @@ def test_conversion_says_what_it_cannot_do(object_info):
     with pytest.raises(GraphError, match="node 3: ComfyUI knows no node Nonsense"):
         to_api({"nodes": [{"id": 3, "type": "Nonsense"}], "links": []}, object_info)
     sampler = {"id": 5, "type": "KSampler", "widgets_values": [1, "fixed"], "inputs": []}
-    with pytest.raises(GraphError, match="node 5.*2 widget values"):
+    with pytest.raises(GraphError, match=r"node 5.*2 widget values"):
         to_api({"nodes": [sampler], "links": []}, object_info)
