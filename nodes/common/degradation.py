@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Integral
 from typing import TypeVar
 
 import torch
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+_TOLERANCE = 1e-4  # what a resize may overshoot 0..1 by before it counts as a mistake
 
 
 @dataclass(frozen=True)
@@ -262,9 +264,9 @@ def _checked(hr: Tensor, seed: int | Sequence[int], scale: int) -> list[int]:
         )
     if hr.shape[0]:
         low, high = torch.stack(hr.aminmax()).tolist()
-        if not (low >= 0 and high <= 1):
+        if not (low >= -_TOLERANCE and high <= 1 + _TOLERANCE):
             raise ValueError(f"Pixels must lie in 0..1; found {low:.4g}..{high:.4g}. Divide 8-bit pixels by 255.")
-    seeds = [int(seed) + b for b in range(hr.shape[0])] if isinstance(seed, int) else [int(s) for s in seed]
+    seeds = [int(seed) + b for b in range(hr.shape[0])] if isinstance(seed, Integral) else [int(s) for s in seed]
     if len(seeds) != hr.shape[0]:
         raise ValueError(f"Got {len(seeds)} seeds for {hr.shape[0]} pictures; give one a picture, or a single number.")
-    return seeds
+    return [s % 2**64 for s in seeds]

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-
 from fourfold.nodes.common.blur_kernels import KERNEL_KINDS, bell_kernel, filter2d, sinc_kernel, trim
 
 SIZES = (7, 13, 21)

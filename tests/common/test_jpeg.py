@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
-
 from fourfold.nodes.common.jpeg import jpeg, quantisation_tables
+from PIL import Image
 
 
 def photograph(height, width, seed=0):
@@ -107,7 +106,7 @@ def test_any_size(size):
     result = jpeg(picture, 90)
     assert result.shape == picture.shape and psnr(result, picture) > 20
     assert torch.equal(result, (result * 255).round() / 255)
-    assert 0 <= result.min() and result.max() <= 1
+    assert result.min() >= 0 and result.max() <= 1
 
 
 def test_values_outside_the_range_are_clamped():
