@@ -102,12 +102,13 @@ def test_every_kernel_kind_can_be_asked_for(index, monkeypatch):
     monkeypatch.setattr(degradation, "bell_kernel", lambda kind, *rest: seen.append((kind, *rest)) or real(kind, *rest))
     probabilities = tuple(float(i == index) for i in range(6))
     stage = replace(REAL_ESRGAN.first, kernel_probs=probabilities, sinc_prob=0.0)
-    recipes(replace(REAL_ESRGAN, first=stage, second=LIGHT.second), count=40)
+    recipes(replace(REAL_ESRGAN, first=stage, second=LIGHT.second), count=150)
     kinds = {entry[0] for entry in seen}
     assert kinds == {degradation.KERNEL_KINDS[index]}
     betas = [entry[-1] for entry in seen]
     low, high = (1, 2) if "plateau" in degradation.KERNEL_KINDS[index] else (0.5, 4)
     assert low <= min(betas) and max(betas) <= high
+    assert sum(beta <= 1 for beta in betas) / len(betas) == pytest.approx(0.5, abs=0.12)
     assert all(0.2 <= entry[2] <= 3 and 0.2 <= entry[3] <= 3 for entry in seen)
 
 
