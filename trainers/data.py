@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -113,7 +114,20 @@ class Photographs:
         self.degradation = _settings(degradation)
         self.crop, self.seed, self.min_scale, self.scale = crop, seed, min_scale, scale
         self.captioner = _captioner(captions)
+        self.captioner_name = type(self.captioner).__name__ if captions else "none"
         self.captions = [_caption_file(path) if captions else None for path in large]
+
+    def identity(self) -> str:
+        """16 hexadecimal digits that name the stream: files (size, first and last 64 KB, caption) and settings."""
+        digest = hashlib.blake2b(digest_size=8)
+        settings = (self.crop, self.degradation, self.seed, self.min_scale, self.scale, self.captioner_name)
+        digest.update(repr(settings).encode())
+        for path, caption in zip(self.pictures.paths, self.captions, strict=True):
+            with open(path, "rb") as file:
+                digest.update(f"{path.stat().st_size} {caption}".encode() + file.read(65536))
+                file.seek(max(path.stat().st_size - 65536, 0))
+                digest.update(file.read())
+        return digest.hexdigest()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         draws = generator_of(self.seed, "photograph", index)

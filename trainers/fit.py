@@ -7,19 +7,19 @@
 
     fit(config, module, dataset, loss_fn, save_fn, sample_fn)
 
-Started plainly or with ``accelerate launch`` on several processes and machines. A training that is killed at any
-moment continues with ``--resume latest`` as if nothing had happened: the same samples, the same draws, the same losses.
+Started plainly or with ``accelerate launch`` on several processes and machines (without GPUs: ``accelerate launch
+--multi_gpu --num_processes 2``, which then meet over gloo; its ``--cpu`` starts a single process whatever the number).
+A training that is killed at any moment continues with ``--resume latest`` as if nothing had happened: the same samples,
+the same draws, the same losses.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,10 @@ from torch import Tensor, nn
 from ..nodes.common.errors import MismatchedKeysError
 from .config import FitConfig, learning_rate_at, option, parse
 from .ema import EMA
-from .journal import Journal, Window
+from .journal import Clock, Journal, Window
 from .order import BatchOrder, Samples, generator_of, loader, seed_of, to_device
 from .resume import drop_old, find_checkpoint, read_checkpoint, write_checkpoint
+from .stop import agreed, stop_signals
 
 __all__ = ["FitConfig", "FitResult", "LossFn", "NonFiniteLossError", "SampleFn", "SaveFn", "fit", "learning_rate_at",
            "option", "parse"]
@@ -85,7 +86,7 @@ def fit(config: FitConfig, module: nn.Module, dataset: Samples, loss_fn: LossFn,
         SystemExit: SIGTERM or Ctrl-C, after a checkpoint has been written.
     """
     run = _Run(config, module, dataset, loss_fn, save_fn, sample_fn)
-    with _stop_signals() as stop:
+    with stop_signals() as stop:
         try:
             run.train(stop)
         finally:
@@ -104,7 +105,7 @@ class _Run:
         self.loss_fn, self.save_fn, self.sample_fn = loss_fn, save_fn, sample_fn
         self.output = Path(config.output_dir)
         self.accelerator = Accelerator(
-            mixed_precision="no", cpu=config.cpu,  # autocast is entered around loss_fn, not inside the wrapper
+            mixed_precision="no", cpu=config.cpu or not _has_gpu(),  # autocast is entered around loss_fn instead
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.find_unused)])
         self._check()
         self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -130,15 +131,20 @@ class _Run:
             (self.output / "config.json").write_text(json.dumps(asdict(config), indent=1), encoding="utf-8")
 
     def train(self, stop: list[int]) -> None:
-        config, clock = self.config, _Clock()
+        config, clock = self.config, Clock()
         if self.step >= config.max_steps:
             log.warning("the training is complete at step %d; a larger --max_steps continues it", self.step)
             return
         order = BatchOrder(self.step, config.max_steps, config.batch_size, config.gradient_accumulation,
                            self.accelerator.process_index, self.accelerator.num_processes)
+        if self.journal is not None:
+            world, micro_steps = self.accelerator.num_processes, config.gradient_accumulation
+            log.info("steps %d to %d on %s; global batch %d = %d x %d micro steps x %d processes; %.2f M weights",
+                     self.step, config.max_steps, self.device, config.batch_size * micro_steps * world,
+                     config.batch_size, micro_steps, world, sum(p.numel() for p in self.trained.values()) / 1e6)
         batches = iter(loader(self.dataset, order, config.seed, config.num_workers, self.device.type == "cuda"))
         saved = None
-        while self.step < config.max_steps and not self._agree(stop):
+        while self.step < config.max_steps and not agreed(stop, self.accelerator):
             self.window.add(self._advance(batches))
             clock.count(config.batch_size * config.gradient_accumulation * self.accelerator.num_processes)
             if self.step % config.log_every == 0:
@@ -216,15 +222,6 @@ class _Run:
             f"{'any' if micro is None else micro}). The weights were not updated by it. Continue from the last "
             "checkpoint with a lower --learning_rate or --mixed_precision no, or look at these samples.")
 
-    def _agree(self, stop: list[int]) -> bool:
-        """Whether any process was told to stop; all of them answer alike."""
-        if self.accelerator.num_processes > 1:
-            flag = torch.tensor(max(stop, default=0), device=self.device)
-            told = int(self.accelerator.gather(flag.reshape(1)).max())
-            if told and not stop:
-                stop.append(told)
-        return bool(stop)
-
     def _merge_windows(self) -> None:
         """The first process takes the numbers of all."""
         if self.accelerator.num_processes > 1:
@@ -233,7 +230,7 @@ class _Run:
             if self.accelerator.is_main_process:
                 self.window.merge(windows)
 
-    def _log(self, clock: _Clock) -> None:
+    def _log(self, clock: Clock) -> None:
         self._merge_windows()
         means = [self.window.means()]
         if self.accelerator.num_processes > 1:
@@ -311,38 +308,8 @@ class _Run:
         log.info("resumed %s", found[0])
 
 
-class _Clock:
-    """Samples a second and time left, over the steps since the last reading."""
-
-    def __init__(self) -> None:
-        self.since, self.samples, self.steps = time.monotonic(), 0, 0
-
-    def count(self, samples: int) -> None:
-        self.samples += samples
-        self.steps += 1
-
-    def read(self, steps_left: int) -> tuple[float, float]:
-        seconds = max(time.monotonic() - self.since, 1e-9)
-        rate, left = self.samples / seconds, steps_left * seconds / max(self.steps, 1)
-        self.since, self.samples, self.steps = time.monotonic(), 0, 0
-        return rate, left
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """SIGTERM and Ctrl-C are noted in the list instead of striking in the middle of a step; a second one strikes."""
-    stop: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def note(number: int, _: Any) -> None:
-        stop.append(number)
-        signal.signal(number, previous[number])
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def _has_gpu() -> bool:
+    """Whether there is a GPU of any make; without one, several processes must be told to meet over gloo."""
+    if hasattr(torch, "accelerator"):  # torch 2.6 and newer
+        return torch.accelerator.is_available()
+    return torch.cuda.is_available() or torch.backends.mps.is_available()

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +88,20 @@ class Journal:
                         "`pip install tensorboard`, or pass --no_tensorboard.", output_dir / "log.jsonl")
             return None
         return SummaryWriter(output_dir / "tensorboard", purge_step=start + 1 if start else None)
+
+
+class Clock:
+    """Samples a second and time left, over the steps since the last reading."""
+
+    def __init__(self) -> None:
+        self.since, self.samples, self.steps = time.monotonic(), 0, 0
+
+    def count(self, samples: int) -> None:
+        self.samples += samples
+        self.steps += 1
+
+    def read(self, steps_left: int) -> tuple[float, float]:
+        seconds = max(time.monotonic() - self.since, 1e-9)
+        rate, left = self.samples / seconds, steps_left * seconds / max(self.steps, 1)
+        self.since, self.samples, self.steps = time.monotonic(), 0, 0
+        return rate, left

@@ -88,7 +88,7 @@ def loader(dataset: Samples, order: BatchOrder, seed: int, num_workers: int = 0,
     stream = Shuffled(dataset, seed) if hasattr(dataset, "__len__") else dataset
     # the loader draws a base seed for its workers, which nothing here uses: a generator of its own keeps the global one
     return DataLoader(stream, batch_sampler=order, num_workers=num_workers, pin_memory=pin_memory,
-                      collate_fn=getattr(stream, "collate", None), worker_init_fn=_start_worker,
+                      collate_fn=getattr(stream, "collate", None), worker_init_fn=start_worker,
                       generator=torch.Generator().manual_seed(0), prefetch_factor=4 if num_workers else None)
 
 
@@ -103,7 +103,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
     """One thread a worker; Ctrl-C and SIGTERM are the training process's to answer (the loader ends its workers)."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
