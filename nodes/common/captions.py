@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from .caption_cache import CaptionCache, content_key
-from .embedded_captioner import EmbeddedCaptioner, sentence
+from .embedded_captioner import EmbeddedCaptioner, eight_bit, sentence
 from .pretrained import load_pretrained, require_model_folder
 
 __all__ = ["DESCRIBE", "EmbeddedCaptioner", "TransformersCaptioner", "load_captioner", "sentence"]
@@ -65,7 +65,7 @@ class TransformersCaptioner:
             prompt: the question for models that chat (None: `DESCRIBE`); for others, the caption's beginning or what
                 the model's page says (None: nothing).
             device: where the network is put when it is loaded; None = CPU. Later it runs wherever it is moved.
-            dtype: None = float32 on the CPU, elsewhere as stored.
+            dtype: None = float32 on the CPU (28 GB for LLaVA 1.5 7B), elsewhere as stored.
             batch_size: pictures a call of the network; halved when memory does not suffice.
             max_new_tokens: length at which captions are cut, in tokens.
             cache_file: JSON-lines file that keeps the captions between runs; None = memory only.
@@ -84,7 +84,7 @@ class TransformersCaptioner:
         self._processor, self._tokenizer = _load_processor(self.folder)
         self._text = self._prompt_text()
         self._cache = CaptionCache(cache_file)
-        self.identity = f"{self.folder.name} {_fingerprint(self.folder)} {max_new_tokens} {self._dtype} {self._text!r}"
+        self.identity = f"{_fingerprint(self.folder)} {max_new_tokens} {self._dtype} {self._text!r}"
 
     @property
     def network(self) -> nn.Module:
@@ -100,13 +100,9 @@ class TransformersCaptioner:
         Args:
             images: (B, 3, H, W) or (B, 1, H, W) in 0..1.
         Returns: B texts on one line each.
-        Raises: ValueError for another shape; torch.OutOfMemoryError if not even one picture fits.
+        Raises: ValueError for another shape or for NaN; torch.OutOfMemoryError if not even one picture fits.
         """
-        if images.ndim != 4 or images.shape[1] not in (1, 3):
-            raise ValueError("captions are written for images of shape (B, 3, H, W) or (B, 1, H, W), "
-                             f"got {tuple(images.shape)}; set an alpha channel aside first.")
-        levels = (images.detach().float() * 255).round().clamp(0, 255).to("cpu", torch.uint8)
-        pictures = list(levels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy())
+        pictures = list(eight_bit(images).permute(0, 2, 3, 1).to(torch.uint8).contiguous().numpy())
         keys = [content_key(picture, self.identity) for picture in pictures]
         new = {key: picture for key, picture in zip(keys, pictures, strict=True) if key not in self._cache}
         while new:

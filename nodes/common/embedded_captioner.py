@@ -69,7 +69,7 @@ class EmbeddedCaptioner:
         Args:
             images: (B, 3, H, W) or (B, 1, H, W) in 0..1, any size from 1x1.
         Returns: B sentences of at most 96 ASCII characters.
-        Raises: ValueError for another shape or for values that are not finite.
+        Raises: ValueError for another shape or for NaN.
         """
         return [sentence(measured) for measured in self.describe(images)]
 
@@ -86,7 +86,7 @@ class EmbeddedCaptioner:
             angle: direction in which the edges run, degrees: 0 horizontal, 45 rising to the right, 90 vertical, < 180;
             colors: {name: share}, most frequent first, shares add up to 1.
         """
-        pixels = _as_rgb(images)
+        pixels = eight_bit(images) / 255
         red, green, blue = pixels.unbind(1)
         luma = (0.299 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)
         finest, next_luma = _band(luma)
@@ -112,15 +112,21 @@ def sentence(measured: dict) -> str:
                       words["sharpness"], _direction_word(measured["coherence"], measured["angle"])])
 
 
-def _as_rgb(images: Tensor) -> Tensor:
-    """Images as (B, 3, H, W) float32 on the CPU, rounded to the 8-bit levels that a file would hold."""
+def eight_bit(images: Tensor) -> Tensor:
+    """Images to be described, at the 8-bit levels that a file would hold.
+
+    Args:
+        images: (B, 3, H, W) or (B, 1, H, W) in 0..1, on any device.
+    Returns: (B, 3, H, W) float32 on the CPU, whole numbers in 0..255.
+    Raises: ValueError for another shape or for NaN.
+    """
     if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape[2:]:
-        raise ValueError(f"captions are written for images of shape (B, 3, H, W) or (B, 1, H, W), "
+        raise ValueError("captions are written for images of shape (B, 3, H, W) or (B, 1, H, W), "
                          f"got {tuple(images.shape)}; set an alpha channel aside first.")
     levels = (images.detach().to("cpu", torch.float32) * 255).round_().clamp_(0, 255)
-    if not levels.isfinite().all():
-        raise ValueError("an image to caption holds values that are not finite (NaN); expected numbers in 0..1.")
-    return levels.div_(255).expand(-1, 3, -1, -1)
+    if levels.isnan().any():
+        raise ValueError("an image to caption holds NaN; expected numbers in 0..1.")
+    return levels.expand(-1, 3, -1, -1)
 
 
 def _band(luma: Tensor) -> tuple[Tensor, Tensor]:

@@ -119,5 +119,5 @@ def test_grey_equals_three_equal_channels():
 def test_wrong_input_is_refused():
     with pytest.raises(ValueError, match=r"\(1, 4, 8, 8\)"):
         caption(torch.zeros(1, 4, 8, 8))
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(ValueError, match="holds NaN"):
         caption(torch.full((1, 3, 8, 8), float("nan")))
