@@ -15,7 +15,7 @@ from ..common.host.models import DTYPES, HostedModel, host, on_device, pick_dtyp
 from ..common.host.progress import Report
 from ..common.images import from_comfy
 from ..common.sampling import cpu_noise
-from ..common.tiling import plan_tiles
+from .config import PRESETS, DiT4SRConfig
 from .model import DiT4SRTransformer
 from .prompts import POSITIVE, clean_caption
 from .restore import sample
@@ -25,7 +25,6 @@ FOLDERS = ("diffusion_models", "fourfold")  # where transformers are looked for,
 CAPTIONERS = ("fourfold", "LLM")  # where folders of image-to-text models are looked for
 EMBEDDED = "embedded"
 PAGE = "https://huggingface.co/acceptee/DiT4SR"
-TEXT_TOKENS = 333  # 77 of CLIP and 256 of T5, for the estimate of memory
 SD3_SHIFT = 0.0609  # of the latents of Stable Diffusion 3's VAE; the tiny codec has another
 DiT4SRModel = io.Custom("FOURFOLD_DIT4SR")
 
@@ -105,14 +104,14 @@ class MMDiTControlSampler(io.ComfyNode):
             "windows where it is large. The defaults are the paper's; a tiny model wants the values in brackets.",
             inputs=[
                 DiT4SRModel.Input("model", tooltip="From DiT4SR Loader or Tiny Models."),
-                io.Conditioning.Input("positive", tooltip="What is in the picture, and words of quality: Caption Image."),
+                io.Conditioning.Input("positive", tooltip="What is in the picture, and words of quality."),
                 io.Conditioning.Input("negative", tooltip="What the picture must not be; not used at guidance 1."),
                 io.Latent.Input("lr_latent", tooltip="VAE Encode of the picture from LR Prepare."),
                 io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True,
                              tooltip="Same seed, same picture; picture b of a batch takes seed + b."),
                 io.Int.Input("steps", default=40, min=1, max=200, tooltip="Denoising steps [tiny: 8]."),
                 io.Float.Input("guidance", default=8.0, min=1.0, max=30.0, step=0.1,
-                               tooltip="How strongly the prompts steer; 1 = only the positive one, twice as fast [tiny: 1]."),
+                               tooltip="How strongly prompts steer; 1 = only the positive, half the time [tiny: 1]."),
                 io.Float.Input("start_sigma", default=1.0, min=0.01, max=1.0, step=0.01,
                                tooltip="1 = from pure noise. Below 1 = from the input with this much noise: closer to "
                                "it, fewer invented details [tiny: 0.4]."),
@@ -148,21 +147,24 @@ class MMDiTControlSampler(io.ComfyNode):
         latent = _checked(lr_latent["samples"], config.in_channels)
         z_lr = to_model(latent.float(), config.latent_shift, config.latent_scale)
         report = Report(steps, model)
-        windows = min(tile_batch, len(plan_tiles(*z_lr.shape[-2:], tile, overlap)))
-        memory = _working_memory(model, min(tile, *z_lr.shape[-2:]), windows * len(z_lr) * (1 if guidance == 1 else 2))
-        with on_device(model, memory) as network:
+        latents = z_lr[0, 0].numel() if max(z_lr.shape[-2:]) <= tile else tile_batch * min(tile, *z_lr.shape[-2:]) ** 2
+        with on_device(model, _working_memory(model, latents * len(z_lr) * (1 if guidance == 1 else 2))) as network:
             z = sample(
                 network, z_lr, cpu_noise(seed, z_lr.shape), *texts, steps=steps, guidance=guidance,
-                start_sigma=start_sigma, injection_scale=injection_scale, tile=tile, overlap=overlap,
-                tile_batch=tile_batch, on_step=report.on_step, on_window=report.on_window)
+                start_sigma=start_sigma, shift=_shift(config), injection_scale=injection_scale, tile=tile,
+                overlap=overlap, tile_batch=tile_batch, on_step=report.on_step, on_window=report.on_window)
         return io.NodeOutput({"samples": to_vae(z.cpu(), config.latent_shift, config.latent_scale)})
 
 
-def _working_memory(model: HostedModel, window: int, rows: int) -> float:
-    """Bytes that one call of the network needs beside its weights, about: 24 times the tokens of both streams."""
-    config = model.patcher.model.config
-    tokens = 2 * (window // config.patch_size) ** 2 + TEXT_TOKENS
-    return 24.0 * rows * tokens * config.inner_dim * model.patcher.model.dtype.itemsize
+def _shift(config: DiT4SRConfig) -> float:
+    """Of the noise levels: that of the family which the model belongs to."""
+    return PRESETS["tiny" if config.anchor == "lr" else "full"].sampling.shift
+
+
+def _working_memory(model: HostedModel, latents: int) -> float:
+    """Bytes that one call on so many latents needs beside the weights, about 24 times its tokens (MLP, q, k and v)."""
+    config, network = model.patcher.model.config, model.patcher.model
+    return 24.0 * 2 * latents / config.patch_size**2 * config.inner_dim * network.dtype.itemsize
 
 
 def _encoder(width: int) -> str:
@@ -186,11 +188,11 @@ class CaptionImage(io.ComfyNode):
             category="Fourfold",
             description="Describes each picture of a batch for use as a prompt: one text for each, as a list.",
             inputs=[
-                io.Image.Input("image", tooltip="The low-resolution picture."),
+                io.Image.Input("image", tooltip="The low-resolution picture, as it comes from LR Prepare."),
                 io.Combo.Input("captioner", options=[EMBEDDED, *list_folders(CAPTIONERS, "preprocessor_config.json")],
                                default=EMBEDDED,
-                               tooltip="embedded: measured words such as 'bright, warm, fine texture', without a model; "
-                               "tiny models are trained with these. Or a folder with an image-to-text model of "
+                               tooltip="embedded: measured words such as 'bright, warm, fine texture', as tiny models "
+                               "know them; needs no weights. Or a folder with an image-to-text model of "
                                "transformers, in models/fourfold or models/LLM."),
                 io.Boolean.Input("drop_focus_words", default=True,
                                  tooltip="Leave out sentences about blur, focus, depth and the like: they describe the "
@@ -203,10 +205,16 @@ class CaptionImage(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, captioner, drop_focus_words, suffix) -> io.NodeOutput:
-        folder = EMBEDDED if captioner == EMBEDDED else find_model(captioner, CAPTIONERS, "the captioner", "its page")
-        captions = load_captioner(folder)(from_comfy(image)[:, :3])
-        if drop_focus_words and captioner != EMBEDDED:
-            captions = [clean_caption(caption) for caption in captions]
+        pixels = from_comfy(image)[:, :3]
+        if captioner == EMBEDDED:
+            captions = load_captioner(EMBEDDED)(pixels)
+        else:
+            folder = find_model(captioner, CAPTIONERS, "the captioner", "its page")
+            describe = load_captioner(folder, dtype=pick_dtype("default"))
+            with on_device(host(describe.network, "captioner")):
+                captions = describe(pixels)
+            if drop_focus_words:
+                captions = [clean_caption(caption) for caption in captions]
         return io.NodeOutput([f"{caption} {suffix.strip()}".strip() for caption in captions])
 
 
