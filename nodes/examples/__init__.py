@@ -1,0 +1,1 @@
+"""The example photographs as a node, so that the shipped workflows run as they are."""
