@@ -147,7 +147,8 @@ class MMDiTControlSampler(io.ComfyNode):
         latent = _checked(lr_latent["samples"], config.in_channels)
         z_lr = to_model(latent.float(), config.latent_shift, config.latent_scale)
         report = Report(steps, model)
-        latents = z_lr[0, 0].numel() if max(z_lr.shape[-2:]) <= tile else tile_batch * min(tile, *z_lr.shape[-2:]) ** 2
+        sides = z_lr.shape[-2:]
+        latents = sides.numel() if max(sides) <= tile else tile_batch * min(tile, *sides) ** 2
         with on_device(model, _working_memory(model, latents * len(z_lr) * (1 if guidance == 1 else 2))) as network:
             z = sample(
                 network, z_lr, cpu_noise(seed, z_lr.shape), *texts, steps=steps, guidance=guidance,

@@ -1,0 +1,74 @@
+"""Networks under ComfyUI's memory management: it decides when one is on the device and when it has to leave."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import comfy.model_management as management
+import torch
+from comfy.latent_formats import LatentFormat
+from comfy.model_patcher import ModelPatcher
+from torch import nn
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # as the loaders' widgets name them
+
+
+@dataclass(frozen=True)
+class HostedModel:
+    """What goes over a FOURFOLD_<METHOD> socket."""
+
+    method: str  # which sampler it is for, e.g. "dit4sr"
+    patcher: ModelPatcher  # holds the network; reach it through `on_device`
+    preview: LatentFormat | None = None  # how ComfyUI draws a preview of its latents; None = no preview
+
+
+def pick_dtype(choice: str, parameters: int = 0) -> torch.dtype:
+    """The dtype of the weights: a name in `DTYPES`, or "default" = what ComfyUI would take for so many parameters."""
+    if choice in DTYPES:
+        return DTYPES[choice]
+    return management.unet_dtype(
+        management.get_torch_device(), model_params=parameters, supported_dtypes=[torch.bfloat16, torch.float32]
+    )
+
+
+def host(network: nn.Module, method: str, preview: LatentFormat | None = None) -> HostedModel:
+    """Hands a network over to ComfyUI's memory management."""
+    patcher = ModelPatcher(network, management.get_torch_device(), management.unet_offload_device())
+    return HostedModel(method, patcher, preview)
+
+
+@contextmanager
+def on_device(model: HostedModel, memory_required: float = 0.0) -> Iterator[nn.Module]:
+    """The network, on its device for the length of the block; other models are evicted as far as needed.
+
+    Each call of the network first looks whether the user has cancelled the run, and if so raises ComfyUI's exception.
+
+    Args:
+        model: from a loader.
+        memory_required: bytes that the computation needs beside the weights.
+    """
+    patcher = model.patcher
+    management.load_models_gpu([patcher], memory_required=memory_required, force_full_load=True)
+    network, device = patcher.model, patcher.load_device
+    stays = all(p.device.type == device.type for p in network.parameters())
+    watch = network.register_forward_pre_hook(lambda *_: management.throw_exception_if_processing_interrupted())
+    try:
+        # With --novram ComfyUI leaves weights behind and expects layers that fetch them; ours come for the run.
+        yield network if stays else network.to(device)
+    finally:
+        watch.remove()
+        if not stays:
+            network.to(patcher.offload_device)
+
+
+def require_method(model: HostedModel, method: str, node: str) -> HostedModel:
+    """`model` if it is for `method`.
+
+    Raises: ValueError that says which model is connected and which loader to use.
+    """
+    if model.method != method:
+        raise ValueError(
+            f"{node} needs a {method} model, but a {model.method} model is connected. Connect the {method} loader, or "
+            f"choose the method '{method}' in Tiny Models."
+        )
+    return model
