@@ -156,7 +156,7 @@ def _embedded(kind: str, metadata: dict[str, str]) -> dict:
 def to_pillow(image: Tensor) -> Image.Image:
     """(C, H, W) in 0..1 -> Pillow image of mode L, LA, RGB or RGBA, rounded to 8 bits."""
     array = (image.float().clamp(0, 1) * 255).round().byte().cpu().permute(1, 2, 0).contiguous().numpy()
-    return Image.fromarray(array[..., 0] if image.shape[0] == 1 else array, MODES[image.shape[0]])
+    return Image.fromarray(array[..., 0] if image.shape[0] == 1 else array)
 
 
 def from_pillow(image: Image.Image) -> Tensor:

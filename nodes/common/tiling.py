@@ -104,14 +104,14 @@ def tiled(
 
     A call that runs out of device memory is repeated with half the windows, and so is every later one; when a single
     window does not fit, the error is raised. Blending is done in float32 on the latent's device, wherever the network
-    lives. A plan of one window returns the prediction itself.
+    lives. A plan of one window returns the prediction itself, in its own dtype.
 
     Args:
         denoise: see `Denoise`.
         plan: windows of one size that cover the latent (`plan_tiles`).
         tile_batch: windows per call, 1 or more.
         on_window: called with (windows done, windows in all) after each call; may raise to cancel.
-    Returns: f(x_t (B, C, H, W), t scalar) -> prediction (B, C', H, W), in the dtype of x_t.
+    Returns: f(x_t (B, C, H, W), t scalar) -> prediction (B, C', H, W), in the dtype and on the device of x_t.
     Raises: ValueError for an empty plan, windows of several sizes, gaps between them, or a latent of another size.
     """
     if tile_batch < 1:
@@ -145,7 +145,7 @@ def tiled(
         while done < len(plan):
             predictions = predict(x_t, t, done)
             if len(plan) == 1:
-                blended = predictions[0]
+                blended = predictions[0].to(x_t.device)
             elif blended is None:
                 batch, channels = predictions[0].shape[:2]
                 blended = torch.zeros(batch, channels, height, width, dtype=torch.float32, device=x_t.device)
