@@ -93,7 +93,7 @@ def fit(config: FitConfig, module: nn.Module, dataset: Samples, loss_fn: LossFn,
             run.close()
     if stop:
         raise SystemExit(128 + stop[0])
-    return FitResult(run.step, run.last_loss, run.exported)
+    return FitResult(run.step, run.last_means.get("loss", float("nan")), run.exported)
 
 
 class _Run:
@@ -122,7 +122,8 @@ class _Run:
                                            betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
         self.ema = EMA(self.trained.items(), config.ema_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.mixed_precision == "fp16")
-        self.window, self.step, self.last_loss = Window(), 0, float("nan")
+        self.window, self.step, self.last_means = Window(), 0, {}
+        self.started = time.monotonic()
         self.exported = self.output
         self._resume()
         self.journal = None
@@ -158,6 +159,8 @@ class _Run:
             self._save()
         if self.window.values and self.step == config.max_steps:
             self._log(clock)  # the last, shorter interval; the checkpoint keeps it open for a longer training
+        if self.step == config.max_steps and self.journal is not None:
+            self.journal.finish({"step": self.step, "seconds": time.monotonic() - self.started, **self.last_means})
         if stop:
             log.warning("stopped by signal %d after step %d; continue with --resume latest", stop[0], self.step)
 
@@ -235,14 +238,14 @@ class _Run:
         means = [self.window.means()]
         if self.accelerator.num_processes > 1:
             broadcast_object_list(means)
-        self.last_loss = means[0]["loss"]
+        self.last_means = means[0]
         if self.journal is not None:
             rate, left = clock.read(self.config.max_steps - self.step)
             numbers = {**means[0], "lr": learning_rate_at(self.step - 1, self.config),
                        "samples_per_second": rate, "seconds_left": left}
             self.journal.write(self.step, numbers)
             log.info("step %d/%d  loss %.5f  %.1f samples/s  %s left", self.step, self.config.max_steps,
-                     self.last_loss, rate, time.strftime("%H:%M:%S", time.gmtime(left)))
+                     self.last_means["loss"], rate, time.strftime("%H:%M:%S", time.gmtime(left)))
 
     def _sample(self) -> None:
         if self.accelerator.is_main_process and self.sample_fn is not None:
@@ -263,7 +266,7 @@ class _Run:
             state = {"step": self.step, "trained": {n: p.detach() for n, p in self.trained.items()},
                      "ema": self.ema.average, "optimizer": self.optimizer.state_dict(),
                      "scaler": self.scaler.state_dict(), "window": self.window.values, "order": self._order(),
-                     "last_loss": self.last_loss}
+                     "last_means": self.last_means, "seconds": time.monotonic() - self.started}
             write_checkpoint(self.output, self.step, state, self._export if self.save_fn else None)
             drop_old(self.output, self.config.keep_last)
             log.info("wrote %s", folder)
@@ -302,7 +305,8 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.ema.load(state["ema"])
-        self.step, self.last_loss, self.exported = state["step"], state["last_loss"], found[0] / "export"
+        self.step, self.last_means, self.exported = state["step"], state.get("last_means", {}), found[0] / "export"
+        self.started = time.monotonic() - state.get("seconds", 0.0)
         if self.accelerator.is_main_process:
             self.window = Window(state["window"])
         log.info("resumed %s", found[0])

@@ -44,9 +44,9 @@ class Journal:
 
     def __init__(self, output_dir: Path, start: int, tensorboard: bool):
         output_dir.mkdir(parents=True, exist_ok=True)
-        path = output_dir / "log.jsonl"
-        self._keep(path, start)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed in close()
+        self._path = output_dir / "log.jsonl"
+        self._keep(self._path, start)
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115  closed in close()
         self._writer = self._tensorboard(output_dir, start) if tensorboard else None
 
     def write(self, step: int, numbers: dict[str, Any]) -> None:
@@ -55,6 +55,10 @@ class Journal:
         if self._writer is not None:
             for name, value in numbers.items():
                 self._writer.add_scalar(name, value, step)
+
+    def finish(self, numbers: dict[str, Any]) -> None:
+        """Write ``metrics.json``: steps, seconds of training over all runs, means of the last log interval."""
+        self._path.with_name("metrics.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
 
     def close(self) -> None:
         self._file.close()
