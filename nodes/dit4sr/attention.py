@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
+from ..common.attention import attend
 from .config import DiT4SRConfig
 
 TextRole = Literal["stream", "keys_only", "unused"]
@@ -102,7 +102,7 @@ class ControlAttention(nn.Module):
 def _attend(parts: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     """softmax(Q K^T / sqrt(d)) V over the concatenated streams; (B, H, n, d) each -> (B, sum n, H d)."""
     q, k, v = (torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True))
-    return rearrange(scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+    return rearrange(attend(q, k, v), "b h n d -> b n (h d)")
 
 
 def _no_norm(*_, **__) -> nn.Identity:
