@@ -4,20 +4,12 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 
-from .commands import evaluate
+from .commands import demo, evaluate, restore
+from .commands.version import package_version
 
-COMMANDS = (evaluate,)
+COMMANDS = (demo, restore, evaluate)
 INTERRUPTED = 130  # what shells report for Ctrl-C
-
-
-def package_version() -> str:
-    """The installed version, or "unknown" where the folder is used without having been installed."""
-    try:
-        return version("comfyui-fourfold")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,7 +24,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns 0 = done, 1 = something failed (said on stderr), 2 = wrong usage, 130 = interrupted."""
+    """Runs one command. Returns 0 = done, 1 = something failed (said on stderr), 130 = interrupted.
+
+    Raises: SystemExit(2) for wrong usage, as argparse does.
+    """
     options = build_parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
     try:

@@ -21,7 +21,8 @@ SHEET_TILE = 256  # px
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser("evaluate", help="measure methods on clean photographs", description=__doc__)
-    parser.add_argument("--data", required=True, type=Path, metavar="FOLDER", help="clean photographs, taken in sorted order")
+    parser.add_argument("--data", required=True, type=Path, metavar="FOLDER",
+                        help="clean photographs, taken in sorted order")
     parser.add_argument("--method", action="append", choices=METHODS, help="repeat for several (default: all)")
     parser.add_argument("--baseline-only", action="store_true", help="measure bicubic and the clean photographs only")
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="only the first N photographs")
@@ -45,8 +46,9 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from ..nodes.common.degradation import DEGRADATIONS
-    from ..nodes.common.evaluation import CLEAN, BICUBIC, bicubic, evaluate, judge, summarise, validation_pairs
+    from ..nodes.common.evaluation import BICUBIC, CLEAN, bicubic, evaluate, judge, summarise, validation_pairs
     from ..nodes.common.metrics import MEASURES, load_metrics
+    from .methods import Method
     from .sheet import write_sheet
 
     if options.degradation not in DEGRADATIONS:
@@ -59,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
     left_out = [MEASURES[name].label for name in MEASURES if name not in metrics]
     pairs = validation_pairs(options.data, DEGRADATIONS[options.degradation], crop=options.crop, limit=options.limit)
     methods = [] if options.baseline_only else options.method or list(METHODS)
-    restorers: dict[str, Restorer] = {BICUBIC: bicubic, **{name: _restorer(name, options) for name in methods}}
+    restorers: dict[str, Restorer] = {BICUBIC: bicubic, **{name: Method(name, options) for name in methods}}
 
     pictures: dict[str, dict[str, torch.Tensor]] = {}
 
@@ -118,15 +120,6 @@ def as_csv(rows: list["Row"], metrics: Mapping[str, "Metric"]) -> str:
         cells = ["" if score is None or score != score else f"{score:.6g}" for score in scores]
         writer.writerow([row.index, row.name, row.method, *cells, f"{row.seconds:.4f}"])
     return text.getvalue()
-
-
-def _restorer(method: str, options: argparse.Namespace) -> "Restorer":
-    from ..nodes.restoration import restore
-
-    settings = {"method": method, "model": options.model, "device": options.device, **sampling_settings(options)}
-    if options.base:
-        settings["base"] = options.base
-    return lambda lr, seed: restore(lr, scale=4, seed=seed, **settings).cpu()
 
 
 def _number(value: float | None, decimals: int) -> str:

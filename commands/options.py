@@ -46,6 +46,14 @@ def positive(text: str) -> float:
     return value
 
 
+def dimensions(text: str) -> tuple[int, int]:
+    """An argparse type: WIDTHxHEIGHT in pixels, as (height, width)."""
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise argparse.ArgumentTypeError(f"WIDTHxHEIGHT in pixels is expected, like 1024x768, not {text!r}")
+    return int(height), int(width)
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """--model, --base and --device."""
     group = parser.add_argument_group("model")

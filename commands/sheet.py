@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..nodes.common.checkpoints import atomic_path
+from ..nodes.common.image_files import to_pillow
 
 MARGIN = 8  # px
 LABEL_SIZE = 18  # px
@@ -18,7 +19,7 @@ def write_sheet(path: Path, rows: Sequence[Mapping[str, Tensor]], cell: int = 25
     """Writes a sheet, PNG or JPEG by the name's ending.
 
     Args:
-        rows: for each photograph: label -> picture (1, 3, H, W) in 0..1. The first row gives the columns.
+        rows: for each photograph: label -> picture (1, C, H, W) in 0..1. The first row gives the columns.
         cell: side of a cell, px; pictures are shrunk or enlarged to fit, keeping their proportions.
     Raises: ValueError if there is nothing to show.
     """
@@ -48,5 +49,4 @@ def _fit(picture: Tensor, cell: int) -> Image.Image:
     if factor != 1:
         size = max(1, round(height * factor)), max(1, round(width * factor))
         picture = F.interpolate(picture, size=size, mode="bicubic", antialias=factor < 1)
-    levels = (picture[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(levels)
+    return to_pillow(picture[0]).convert("RGB")

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .degradation import DegradationSettings, degrade
-from .images import read_image
+from .image_files import read_image
+from .images import resize
 from .metrics import Metric
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ Restorer = Callable[[Tensor, int], Tensor]
 
 @dataclass(frozen=True)
 class Pair:
-    """A clean photograph and its degraded counterpart, both (1, 3, ., .) in 0..1."""
+    """A clean photograph and its degraded counterpart, both (1, C, ., .) in 0..1; measured as RGB."""
 
     name: str
     index: int  # place in the sorted list; seeds the degradation and the restoration
@@ -54,7 +54,7 @@ class Row:
 
 
 def list_photographs(folder: str | Path, recursive: bool = False) -> list[Path]:
-    """The pictures of a folder, sorted by path. Raises FileNotFoundError if there is no such folder or no picture in it."""
+    """The pictures of a folder, sorted by path. Raises FileNotFoundError if there is no folder or no picture in it."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: pass the folder that holds the photographs.")
@@ -90,14 +90,14 @@ def validation_pairs(folder: str | Path, settings: DegradationSettings, *, crop:
         raise ValueError(f"the crop is a multiple of the scale {scale}; got {crop}.")
     pairs = []
     for index, file in enumerate(list_photographs(folder)[:limit]):
-        hr = centre_crop(_as_rgb(read_image(file)), crop, file.name).contiguous()
+        hr = centre_crop(as_rgb(read_image(file)), crop, file.name).contiguous()
         pairs.append(Pair(file.stem, index, degrade(hr, settings, index, scale), hr))
     return pairs
 
 
 def bicubic(lr: Tensor, seed: int = 0, scale: int = 4) -> Tensor:
     """The baseline: bicubic enlargement, (B, C, h, w) -> (B, C, h * scale, w * scale)."""
-    return F.interpolate(lr, scale_factor=scale, mode="bicubic").clamp(0, 1)
+    return resize(lr, (lr.shape[-2] * scale, lr.shape[-1] * scale))
 
 
 def evaluate(pairs: Sequence[Pair], restorers: Mapping[str, Restorer], metrics: Mapping[str, Metric], *,
@@ -118,7 +118,7 @@ def evaluate(pairs: Sequence[Pair], restorers: Mapping[str, Restorer], metrics: 
     """
     rows = []
     for group in _batches(pairs, batch):
-        lr, hr = torch.cat([pair.lr for pair in group]), torch.cat([pair.hr for pair in group])
+        lr, hr = torch.cat([pair.lr for pair in group]), as_rgb(torch.cat([pair.hr for pair in group]))
         for method, restore in restorers.items():
             started = time.perf_counter()
             sr = restore(lr, group[0].index)
@@ -152,8 +152,8 @@ class Verdict:
 
 def judge(means: Mapping[str, Mapping[str, float]], method: str, metrics: Mapping[str, Metric],
           baseline: str = BICUBIC) -> Verdict:
-    """The bar: better than bicubic on three of SSIM, FSIM, GMSD and NLPD; at most 0.5 dB of PSNR lost; NIQE nearer to the
-    clean photographs' than bicubic's. What was not measured cannot pass.
+    """The bar: better than bicubic on three of SSIM, FSIM, GMSD and NLPD; at most 0.5 dB of PSNR lost; NIQE nearer to
+    the clean photographs' than bicubic's. What was not measured cannot pass.
     """
     ours, theirs = means[method], means[baseline]
     conditions = []
@@ -161,7 +161,8 @@ def judge(means: Mapping[str, Mapping[str, float]], method: str, metrics: Mappin
     better = [name for name in structure
               if (ours[name] < theirs[name] if metrics[name].measure.lower_better else ours[name] > theirs[name])]
     labels = ", ".join(metrics[name].measure.label for name in better) or "none"
-    conditions.append((len(better) >= 3, f"better than {baseline} on {len(better)} of SSIM, FSIM, GMSD, NLPD ({labels})"))
+    found = f"better than {baseline} on {len(better)} of SSIM, FSIM, GMSD, NLPD ({labels})"
+    conditions.append((len(better) >= 3, found))
     for name in ("psnr", "psnr_rgb"):
         if name in ours and name in theirs:
             gain = ours[name] - theirs[name]
@@ -171,7 +172,8 @@ def judge(means: Mapping[str, Mapping[str, float]], method: str, metrics: Mappin
     if "niqe" in ours and "niqe" in means.get(CLEAN, {}):
         target = means[CLEAN]["niqe"]
         distance, allowed = abs(ours["niqe"] - target), abs(theirs["niqe"] - target)
-        conditions.append((distance < allowed, f"NIQE {distance:.2f} from the clean photographs' ({baseline}: {allowed:.2f})"))
+        found = f"NIQE {distance:.2f} from the clean photographs' ({baseline}: {allowed:.2f})"
+        conditions.append((distance < allowed, found))
     else:
         conditions.append((False, "NIQE not measured"))
     reasons = tuple(f"{'pass' if good else 'FAIL'}: {text}" for good, text in conditions)
@@ -193,6 +195,7 @@ def _batches(pairs: Sequence[Pair], size: int) -> Iterator[list[Pair]]:
 
 def _checked(sr: Tensor, hr: Tensor, method: str, group: Sequence[Pair]) -> Tensor:
     names = ", ".join(pair.name for pair in group)
+    sr = as_rgb(sr)
     if sr.shape != hr.shape:
         raise ValueError(f"{method} gave {tuple(sr.shape)} for {names}, but the clean photograph is {tuple(hr.shape)}.")
     if not torch.isfinite(sr).all():
@@ -223,7 +226,8 @@ def _mean(values: Sequence[float]) -> float:
     return sum(defined) / len(defined) if defined else float("nan")
 
 
-def _as_rgb(photograph: Tensor) -> Tensor:
+def as_rgb(photograph: Tensor) -> Tensor:
+    """(B, C, H, W) with C in 1..4 -> (B, 3, H, W): grey in three channels, alpha dropped."""
     channels = photograph.shape[1]
     if channels in (1, 2):  # grey, grey with alpha
         return photograph[:, :1].expand(-1, 3, -1, -1)

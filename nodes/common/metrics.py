@@ -83,7 +83,8 @@ class Metric:
             return [self._without_reference(picture) for picture in sr.split(1)]
         if hr is None or hr.shape != sr.shape:
             given = "none" if hr is None else str(tuple(hr.shape))
-            raise ValueError(f"{self.measure.label} compares with a clean picture of shape {tuple(sr.shape)}; got {given}.")
+            raise ValueError(f"{self.measure.label} compares with a clean picture of shape {tuple(sr.shape)}, "
+                             f"but got {given}.")
         return self.network(sr, hr).double().flatten().tolist()
 
     def _without_reference(self, picture: Tensor) -> float:
@@ -122,8 +123,8 @@ def load_metrics(names: Iterable[str] = tuple(MEASURES), *, niqe_parameters: str
     if unknown:
         raise ValueError(f"unknown measure {', '.join(unknown)}; there are {', '.join(MEASURES)}.")
     if niqe_parameters is not None and not Path(niqe_parameters).is_file():
-        raise FileNotFoundError(f"no NIQE parameter file at {niqe_parameters}; leave the option out to do without NIQE, "
-                                f"or pass the {NIQE_FILE} that pyiqa's authors publish.")
+        raise FileNotFoundError(f"no NIQE parameter file at {niqe_parameters}; leave the option out to do without "
+                                f"NIQE, or pass the {NIQE_FILE} that pyiqa's authors publish.")
     pyiqa = _import_pyiqa()
     metrics = {}
     for name in names:
@@ -131,7 +132,7 @@ def load_metrics(names: Iterable[str] = tuple(MEASURES), *, niqe_parameters: str
         if name == "niqe":
             file = niqe_parameters or cached_niqe_parameters()
             if file is None:
-                log.warning("NIQE is left out: its parameter file %s was not given and is not in pyiqa's cache.", NIQE_FILE)
+                log.warning("NIQE is left out: no parameter file was given, and pyiqa's cache has no %s.", NIQE_FILE)
                 continue
             options["pretrained_model_path"] = str(file)
         with _quiet():
