@@ -12,7 +12,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -20,56 +19,31 @@ from pathlib import Path
 
 import requests
 
+from .checkout import SUITE, find_comfyui, find_python
+
+__all__ = ["SUITE", "ComfyServer", "ServerError", "find_comfyui", "find_python", "free_port"]
+
 log = logging.getLogger(__name__)
 
-SUITE = Path(__file__).absolute().parent.parent  # absolute, not resolved: a link in custom_nodes shall find its ComfyUI
-DEFAULT_COMFYUI = Path("~/comfy/ComfyUI")  # where comfy-cli installs
 LINK_NAME = "comfyui-fourfold"
 NOT_COPIED = ("[.]*", "__pycache__", "*.egg-info", "runs", "out", "cache", "venv")  # where links are not allowed
 
 
+# Runs main.py and ends with the process that holds the other end of its stdin, however that one ends. ComfyUI's folder
+# is the working directory, which `python -c` searches for modules first, as it does the folder of a program.
+LAUNCHER = """
+import os, runpy, sys, threading
+def watch():
+    os.read(0, 1)
+    os._exit(1)
+threading.Thread(target=watch, daemon=True).start()
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 class ServerError(RuntimeError):
     """ComfyUI was not found, did not start, or could not import the suite; the text says what to do."""
-
-
-def _interpreter_of(comfyui: Path) -> Path | None:
-    candidates = (comfyui / ".venv/bin/python", comfyui / ".venv/Scripts/python.exe")
-    return next((path for path in candidates if path.is_file()), None)
-
-
-def find_comfyui(suite: Path = SUITE, environment: Mapping[str, str] = os.environ) -> Path:
-    """The ComfyUI to run: `COMFYUI_PATH`, else ~/comfy/ComfyUI, else the one whose custom_nodes holds the suite.
-
-    Raises: FileNotFoundError if there is none, or if `COMFYUI_PATH` names a folder without ComfyUI's main.py.
-    """
-    named = environment.get("COMFYUI_PATH", "").strip()
-    if named:
-        path = Path(named).expanduser().absolute()
-        if not (path / "main.py").is_file():
-            raise FileNotFoundError(f"COMFYUI_PATH is {path}, but there is no main.py: name the folder of a ComfyUI.")
-        return path
-    candidates = [DEFAULT_COMFYUI.expanduser()]
-    if suite.parent.name == "custom_nodes":
-        candidates.append(suite.parent.parent)
-    for path in candidates:
-        if (path / "main.py").is_file() and (path / "folder_paths.py").is_file():
-            return path
-    looked = ", ".join(str(path) for path in candidates)
-    raise FileNotFoundError(f"No ComfyUI found (looked in {looked}). Set COMFYUI_PATH to the folder of a ComfyUI.")
-
-
-def find_python(comfyui: Path, environment: Mapping[str, str] = os.environ) -> Path:
-    """The interpreter that runs `comfyui`: `COMFYUI_PYTHON`, else its .venv, else the current interpreter.
-
-    Raises: FileNotFoundError if `COMFYUI_PYTHON` names no file.
-    """
-    named = environment.get("COMFYUI_PYTHON", "").strip()
-    if named:
-        path = Path(shutil.which(named) or named).expanduser().absolute()
-        if not path.is_file():
-            raise FileNotFoundError(f"COMFYUI_PYTHON is {named}, but there is no such file: name a Python interpreter.")
-        return path
-    return _interpreter_of(comfyui) or Path(sys.executable)
 
 
 def free_port() -> int:
@@ -163,7 +137,7 @@ class ComfyServer:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", **self.environment}
         with self.log_file.open("wb") as sink:
             self.process = subprocess.Popen(
-                self._command(), cwd=self.comfyui, env=environment, stdin=subprocess.DEVNULL, stdout=sink,
+                self._command(), cwd=self.comfyui, env=environment, stdin=subprocess.PIPE, stdout=sink,
                 stderr=subprocess.STDOUT, start_new_session=os.name == "posix")
         self._wait()
         if self.suite and self._import_failed():
@@ -181,6 +155,8 @@ class ComfyServer:
                 log.warning("ComfyUI (process %d) did not end within %.0f s: killing it", self.process.pid, patience)
                 self._signal(getattr(signal, "SIGKILL", signal.SIGTERM))
                 self.process.wait()
+        if self.process is not None:
+            self.process.stdin.close()
         if self._temporary:
             shutil.rmtree(self.workspace, ignore_errors=True)
 
@@ -210,8 +186,8 @@ class ComfyServer:
         return self.workspace / "models_of_checkout.yaml"
 
     def _command(self) -> list[str]:
-        command = [str(self.python), str(self.comfyui / "main.py"), "--disable-auto-launch", "--listen", "127.0.0.1",
-                   "--port", str(self.port), "--base-directory", str(self.workspace),
+        command = [str(self.python), "-c", LAUNCHER, str(self.comfyui / "main.py"), "--disable-auto-launch",
+                   "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(self.workspace),
                    "--extra-model-paths-config", str(self._models_file), "--database-url", "sqlite:///:memory:"]
         if self.cpu or (self.cpu is None and not self._has_accelerator()):
             command.append("--cpu")

@@ -1,11 +1,13 @@
 """Finding, starting and ending a ComfyUI, with stand-ins for the checkout (the real one is in tests/comfyui)."""
 
+import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
-from fourfold.headless.client import ComfyClient
+from fourfold.headless.client import ComfyClient, ComfyError
 from fourfold.headless.server import ComfyServer, ServerError, find_comfyui, find_python
 
 ANSWERS = """
@@ -130,3 +132,24 @@ def test_models_of_the_checkout_stay_visible(tmp_path, suite):
     with ComfyServer(comfyui, sys.executable, suite=suite, workspace=workspace, cpu=True, timeout=30):
         text = (workspace / "models_of_checkout.yaml").read_text()
     assert str(comfyui / "models") in text and '"checkpoints": "checkpoints"' in text
+
+
+def test_server_ends_with_the_process_that_started_it(tmp_path, suite):
+    comfyui = checkout(tmp_path / "comfyui", ANSWERS)
+    program = f"""
+from fourfold.headless.server import ComfyServer
+import os
+server = ComfyServer({str(comfyui)!r}, {sys.executable!r}, suite={str(suite)!r},
+                     workspace={str(tmp_path / "kept")!r}, cpu=True)
+server.start()
+print(server.address, flush=True)
+os._exit(9)  # as if it had been killed: nothing is tidied up
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 9, done.stderr
+    client = ComfyClient(done.stdout.strip(), timeout=5)
+    deadline = time.monotonic() + 10
+    with pytest.raises(ComfyError, match="No ComfyUI answers"):
+        while time.monotonic() < deadline:
+            client.object_info()
+            time.sleep(0.1)
