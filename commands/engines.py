@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows" / "api"
+PICTURES = ("LoadImage", "FourfoldExamplePhoto")  # nodes that bring the picture into a workflow
 
 
 class InProcess:
@@ -58,11 +59,11 @@ class InComfyUI:
 
 
 def filled(graph: dict[str, Any], image: str, seed: int) -> dict[str, Any]:
-    """A copy of a graph in API form with another picture in every LoadImage and another seed in every sampler."""
+    """A copy of a graph in API form with another picture, from ComfyUI's input folder, and another seed."""
     graph = copy.deepcopy(graph)
     for node in graph.values():
-        if node["class_type"] == "LoadImage":
-            node["inputs"]["image"] = image
+        if node["class_type"] in PICTURES:
+            node["class_type"], node["inputs"] = "LoadImage", {"image": image}
         if isinstance(node["inputs"].get("seed"), int):
             node["inputs"]["seed"] = seed
     return graph

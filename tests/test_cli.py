@@ -198,11 +198,11 @@ def test_the_demo_says_why_it_does_without_comfyui(tmp_path, monkeypatch, capsys
 
 
 def test_a_workflow_is_filled_with_picture_and_seed():
-    graph = {"1": {"class_type": "LoadImage", "inputs": {"image": "x.png"}},
+    graph = {"1": {"class_type": "FourfoldExamplePhoto", "inputs": {"photo": "cat"}},
              "2": {"class_type": "Sampler", "inputs": {"seed": 0, "latent": ["1", 0]}},
              "3": {"class_type": "Other", "inputs": {"seed": ["2", 0]}}}
     filled = engines.filled(graph, "mine.png", 5)
-    assert filled["1"]["inputs"]["image"] == "mine.png"
+    assert filled["1"] == {"class_type": "LoadImage", "inputs": {"image": "mine.png"}}
     assert filled["2"]["inputs"] == {"seed": 5, "latent": ["1", 0]}
     assert filled["3"]["inputs"]["seed"] == ["2", 0]  # a link stays a link
-    assert graph["1"]["inputs"]["image"] == "x.png"
+    assert graph["1"]["inputs"] == {"photo": "cat"}
