@@ -78,7 +78,7 @@ def write_checkpoint(output_dir: str | Path, step: int, state: dict[str, Any],
     if export is not None:
         export(temporary / "export")
     (temporary / "complete.json").write_text(json.dumps({"step": step}), encoding="utf-8")
-    for path in temporary.rglob("*"):
+    for path in (*temporary.rglob("*"), temporary):
         _sync(path)
     replaced = parent / f".replaced-{target.name}"
     if target.exists():

@@ -222,7 +222,11 @@ def _load_pickle(path: Path, device: str) -> dict[str, Tensor]:
     if is_zip and not zipfile.is_zipfile(path):
         raise CorruptCheckpointError(f"{path} is truncated: the end of its archive is missing. Download it again.")
     try:
-        loaded = torch.load(path, map_location=device, weights_only=True, mmap=is_zip)
+        if path.suffix == ".safetensors":  # misnamed; given a path, torch would believe the suffix
+            with open(path, "rb") as file:
+                loaded = torch.load(file, map_location=device, weights_only=True)
+        else:
+            loaded = torch.load(path, map_location=device, weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise WrongFileError(f"{path} holds more than tensors, or is damaged, and was refused: such a file can run any "
                              "program. Use a .safetensors file.") from error
