@@ -1,4 +1,4 @@
-"""What a fresh clone is set up from: dependencies, packages, the two commands of the README, the example photographs."""
+"""What a fresh clone is set up from: dependencies, packages, the README's two commands, the example photographs."""
 
 import ast
 import os
