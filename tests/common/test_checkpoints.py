@@ -136,7 +136,7 @@ class Evil:
 def test_programs_in_pickles_are_refused_and_not_run(tmp_path):
     marker = str(tmp_path / "ran")
     torch.save({"w": Evil(marker)}, tmp_path / "evil.pt")
-    (tmp_path / "raw.bin").write_bytes(pickle.dumps(Evil(marker)))
+    (tmp_path / "raw.bin").write_bytes(pickle.dumps(Evil(marker), protocol=2))
     for name in ("evil.pt", "raw.bin"):
         with pytest.raises(WrongFileError, match="can run any program"):
             ck.load_state(tmp_path / name)

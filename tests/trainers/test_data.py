@@ -74,14 +74,14 @@ def test_without_shrinking_a_crop_is_a_part_of_the_picture(folder, tmp_path):
     picture = PictureCache([tmp_path / "only.png"], 0)[0].float() / 255
     photographs = Photographs(tmp_path, 32, None, min_scale=1.0)
     turned = 0
-    for i in range(20):
+    for i in range(12):
         hr = photographs[i]["hr"]
         windows = picture.unfold(1, 32, 1).unfold(2, 32, 1)  # (3, rows, columns, 32, 32)
         ways = [torch.rot90(m, k, (1, 2)) for m in (hr, hr.flip(2)) for k in range(4)]
         found = [bool((windows == w[:, None, None]).all(dim=(0, 3, 4)).any()) for w in ways]
         assert any(found)
         turned += not found[0]
-    assert 5 < turned < 20  # an eighth stays as it is
+    assert 6 < turned  # an eighth stays as it is
 
 
 def test_shrinking_takes_in_more_of_the_picture(folder, tmp_path):

@@ -42,7 +42,7 @@ def start(tiny, output_dir, *arguments):
     return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for(condition, process, seconds=120):
+def wait_for(condition, process, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.stderr.read()
@@ -78,7 +78,7 @@ def test_terminated_training_writes_a_checkpoint_first(tiny, config, curve, unbr
     process = start(tiny, tmp_path / "run", "--save_every", "0", "--num_workers", "1")
     wait_for(lambda: (tmp_path / "run" / "log.jsonl").exists() and curve(tmp_path / "run"), process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 128 + signal.SIGTERM
+    assert process.wait(300) == 128 + signal.SIGTERM
     process.stderr.close()
     (folder,) = checkpoints(tmp_path / "run")
     assert (folder / "export" / "weights.pt").is_file()
