@@ -81,7 +81,7 @@ def test_without_shrinking_a_crop_is_a_part_of_the_picture(folder, tmp_path):
         found = [bool((windows == w[:, None, None]).all(dim=(0, 3, 4)).any()) for w in ways]
         assert any(found)
         turned += not found[0]
-    assert 6 < turned  # an eighth stays as it is
+    assert turned > 6  # an eighth stays as it is
 
 
 def test_shrinking_takes_in_more_of_the_picture(folder, tmp_path):
