@@ -75,7 +75,7 @@ class KLAutoencoder(nn.Module):
         if not (place / "config.json").is_file():
             raise FileNotFoundError(
                 f"no VAE in {folder}: a subfolder 'vae' with config.json and its weights is expected, as in "
-                "https://huggingface.co/stabilityai/stable-diffusion-3.5-medium."
+                "https://huggingface.co/stabilityai/stable-diffusion-3.5-medium. Give the folder of that model as base."
             )
         vae = AutoencoderKL.from_pretrained(place, torch_dtype=dtype, local_files_only=True)
         return cls(vae.eval().requires_grad_(False))

@@ -29,9 +29,9 @@ class CodecConfig:
 class LinearCodec(nn.Module):
     """Linear autoencoder. `encode` gives unscaled latents, as ComfyUI's LATENT holds them."""
 
-    def __init__(self, config: CodecConfig = CodecConfig()):
+    def __init__(self, config: CodecConfig | None = None):
         super().__init__()
-        self.config = config
+        self.config = config = config or CodecConfig()
         values = 3 * config.patch**2
         self.encoder = nn.Conv2d(values, config.latent_channels, kernel_size=1)
         self.decoder = nn.Conv2d(config.latent_channels, values, kernel_size=config.neighbourhood)
@@ -58,7 +58,8 @@ class LinearCodec(nn.Module):
         height, width = pixels.shape[-2:]
         if height % self.downscale or width % self.downscale:
             raise ValueError(
-                f"the picture is {height} x {width}; both sides must be multiples of {self.downscale} (LR Prepare pads)."
+                f"the picture is {height} x {width} px; both sides must be multiples of {self.downscale}. "
+                "Pad it first, as LR Prepare and `prepare_lr` do."
             )
         return self.encoder(pixel_unshuffle(2 * pixels.to(self.encoder.weight.dtype) - 1, self.downscale))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
 from . import checkpoints
 from .text import TextEmbedding
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,9 @@ class TinyTextEncoder(nn.Module):
     The rows of padding are zero: an empty prompt is the null prompt, all zeros but for the end-of-text token.
     """
 
-    def __init__(self, config: TinyTextConfig = TinyTextConfig()):
+    def __init__(self, config: TinyTextConfig | None = None):
         super().__init__()
-        self.config = config
+        self.config = config = config or TinyTextConfig()
         self.tokenizer = ByT5Tokenizer()
         self.encoder = T5EncoderModel(
             T5Config(
@@ -50,7 +53,17 @@ class TinyTextEncoder(nn.Module):
         return self.encoder.device
 
     def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Token ids and attention mask, (B, length) each, int64."""
+        """Token ids and attention mask, (B, length) each, int64. A longer prompt is cut; a warning says what is lost.
+
+        Raises: ValueError for something else than a list of texts.
+        """
+        if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(f"prompts must be a list of at least one text, got {prompts!r}.")
+        room = self.config.length - 1  # the end-of-text token takes one place
+        for encoded in (prompt.encode() for prompt in prompts):
+            if len(encoded) > room:
+                rest = encoded[room:].decode(errors="replace")
+                log.warning("the text encoder reads %d bytes; this end of a prompt was cut off: %r", room, rest)
         tokens = self.tokenizer(
             prompts, padding="max_length", truncation=True, max_length=self.config.length, return_tensors="pt"
         )

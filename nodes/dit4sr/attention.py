@@ -69,10 +69,8 @@ class ControlAttention(nn.Module):
         q_x, k_x, v_x = self._heads(q_x), self._heads(k_x), self._heads(v_x)
         q_l, v_l = self._heads(self.to_q_control(q_l)), self._heads(self.to_v_control(v_l))
         q_x, k_x, q_l = self.norm_q(q_x), self.norm_k(k_x), self.norm_q(q_l)
-        if self.shared_keys:  # the slip of v1: the noise stream's keys, normed twice, stand in for those of the LR
-            k_l = self.norm_k(k_x)
-        else:
-            k_l = self.norm_k(self._heads(self.to_k_control(k_l)))
+        # the slip of v1: the noise stream's keys, normed twice, stand in for those of the LR
+        k_l = self.norm_k(k_x if self.shared_keys else self._heads(self.to_k_control(k_l)))
 
         qkv_text = self._text_heads(text)
         if self.joint:

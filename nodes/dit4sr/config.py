@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
@@ -19,6 +20,9 @@ class Ablations:
     lr_residual: bool = True  # False, case B: no shortcut around the LR stream's attention
     lr_injection: bool = True  # False, case C: nothing between the MLPs
     injection_layer: Literal["conv", "linear"] = "conv"  # "linear", case D: no neighbourhood in the injection
+
+    def __post_init__(self) -> None:
+        _require("injection_layer", self.injection_layer, ("conv", "linear"))
 
 
 @dataclass(frozen=True)
@@ -56,10 +60,14 @@ class DiT4SRConfig:
                 f"caption_projection_dim is {self.caption_projection_dim}, but one attention over text and picture "
                 f"needs heads * head_dim = {self.num_attention_heads} * {self.attention_head_dim} = {self.inner_dim}."
             )
-        if self.qk_norm not in ("rms_norm", None):
-            raise ValueError(f"qk_norm is {self.qk_norm!r}; 'rms_norm' or null is expected.")
-        if self.variant not in ("v1", "r1"):
-            raise ValueError(f"variant is {self.variant!r}; 'v1' or 'r1' is expected.")
+        if not set(self.dual_attention_layers) <= set(range(self.num_layers)):
+            raise ValueError(
+                f"dual_attention_layers is {self.dual_attention_layers}, but the {self.num_layers} blocks are 0 to "
+                f"{self.num_layers - 1}."
+            )
+        _require("qk_norm", self.qk_norm, ("rms_norm", None))
+        _require("variant", self.variant, ("v1", "r1"))
+        _require("anchor", self.anchor, ("none", "lr"))
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], **overrides: Any) -> DiT4SRConfig:
@@ -75,12 +83,51 @@ class DiT4SRConfig:
             values["out_channels"] = values.get("in_channels", cls.in_channels)
         return cls(**values)
 
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]], **overrides: Any) -> DiT4SRConfig:
+        """Reads the sizes off the weights, for a published file without its config.json.
+
+        Args:
+            shapes: name -> shape of every tensor. What the shapes cannot say (all but sizes) is as published.
+        Raises: ValueError for weights in another layout than diffusers'.
+        """
+        needed = ("pos_embed.proj.weight", "proj_out.weight", "context_embedder.weight", "pos_embed.pos_embed")
+        if missing := [name for name in needed if name not in shapes]:
+            raise ValueError(
+                f"the weights lack {', '.join(missing)}: they are not in diffusers' layout. Use the folder "
+                "'transformer' of a diffusers model."
+            )
+        layers = [found for name in shapes if (found := re.match(r"transformer_blocks\.(\d+)\.(\w+)", name))]
+        width, channels, patch, _ = shapes["pos_embed.proj.weight"]
+        norm = shapes.get("transformer_blocks.0.attn.norm_q.weight")
+        head_dim = norm[0] if norm else cls.attention_head_dim
+        values = dict(
+            patch_size=patch,
+            in_channels=channels,
+            out_channels=shapes["proj_out.weight"][0] // patch**2,
+            num_layers=1 + max(int(layer[1]) for layer in layers),
+            attention_head_dim=head_dim,
+            num_attention_heads=width // head_dim,
+            joint_attention_dim=shapes["context_embedder.weight"][1],
+            caption_projection_dim=width,
+            pooled_projection_dim=shapes["time_text_embed.text_embedder.linear_1.weight"][1],
+            pos_embed_max_size=round(shapes["pos_embed.pos_embed"][1] ** 0.5),
+            dual_attention_layers=tuple(sorted({int(layer[1]) for layer in layers if layer[2] == "attn2"})),
+            qk_norm="rms_norm" if norm else None,
+        )
+        return cls(**values | overrides)
+
     def to_json(self) -> dict[str, Any]:
         """The published config.json, with our fields apart so that the published programs still read it."""
         content = asdict(self)
         content["dual_attention_layers"] = list(self.dual_attention_layers)
         own = {k: content.pop(k) for k in list(content) if k in _OWN_FIELDS}
         return {"_class_name": PUBLISHED_CLASS, **content, "fourfold": own}
+
+
+def _require(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; {' or '.join(map(repr, choices))} is expected.")
 
 
 _OWN_FIELDS = ("variant", "injection_scale", "anchor", "latent_shift", "latent_scale", "ablations")

@@ -13,127 +13,23 @@ from pathlib import Path
 
 import torch
 from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings, PatchEmbed
-from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, SD35AdaLayerNormZeroX
+from diffusers.models.normalization import AdaLayerNormContinuous
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..common import checkpoints
-from .attention import ControlAttention
-from .config import Ablations, DiT4SRConfig, Variant
+from .blocks import MMDiTControlBlock
+from .config import PUBLISHED_CLASS, Ablations, DiT4SRConfig, Variant
 
 TIMESTEPS = 1000  # the network is told sigma * 1000
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+PAGE = "https://huggingface.co/acceptee/DiT4SR"
 _UNUSED = re.compile(r"\.attn2\.(add_|to_add_out|norm_added)")  # text layers of an attention that sees no text
-
-
-class ControlFeedForward(nn.Module):
-    """MLP of [X, L] with the LR injection between its two linears (section 3.3).
-
-    h_X <- h_X + scale * conv(h_L), where h = GELU(W_1 x) and conv is a 3x3 depth-wise convolution on the token grid.
-    """
-
-    def __init__(self, config: DiT4SRConfig):
-        super().__init__()
-        dim, hidden = config.inner_dim, 4 * config.inner_dim
-        self.net = nn.ModuleList([_GELUProjection(dim, hidden), nn.Identity(), nn.Linear(hidden, dim)])
-        self.injection = config.ablations.lr_injection
-        self.layer = config.ablations.injection_layer
-        if self.layer == "conv":
-            self.control_conv = nn.Conv2d(hidden, hidden, kernel_size=3, padding=1, groups=hidden)
-        else:
-            self.control_linear = nn.Linear(hidden, hidden)
-
-    @property
-    def control(self) -> nn.Module:
-        return self.control_conv if self.layer == "conv" else self.control_linear
-
-    def init_control(self) -> None:
-        nn.init.zeros_(self.control.weight)
-        nn.init.zeros_(self.control.bias)
-
-    def forward(self, streams: Tensor, grid: tuple[int, int], scale: float) -> Tensor:
-        hidden = self.net[0](streams)
-        if self.injection:
-            x, lr = hidden.chunk(2, dim=1)
-            hidden = torch.cat([x + scale * self._inject(lr, grid), lr], dim=1)
-        return self.net[2](hidden)
-
-    def _inject(self, lr: Tensor, grid: tuple[int, int]) -> Tensor:
-        if self.layer == "linear":
-            return self.control_linear(lr)
-        picture = rearrange(lr, "b (h w) d -> b d h w", h=grid[0], w=grid[1])
-        return rearrange(self.control_conv(picture), "b d h w -> b (h w) d")
-
-
-class FeedForward(nn.Module):
-    """MLP of the text stream."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.net = nn.ModuleList([_GELUProjection(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)])
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.net[2](self.net[0](tokens))
-
-
-class _GELUProjection(nn.Module):
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.proj = nn.Linear(dim, hidden)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return nn.functional.gelu(self.proj(tokens), approximate="tanh")
-
-
-class MMDiTControlBlock(nn.Module):
-    """One block over the streams [X, L] and the text; X and L share modulation, norms and MLP weights."""
-
-    def __init__(self, config: DiT4SRConfig, dual_attention: bool, last: bool):
-        super().__init__()
-        dim = config.inner_dim
-        self.last = last
-        self.norm1 = SD35AdaLayerNormZeroX(dim) if dual_attention else AdaLayerNormZero(dim)
-        self.norm1_context = (
-            AdaLayerNormContinuous(dim, dim, elementwise_affine=False, eps=1e-6) if last else AdaLayerNormZero(dim)
-        )
-        self.attn = ControlAttention(config, "keys_only" if last else "stream")
-        self.attn2 = ControlAttention(config, "unused") if dual_attention else None
-        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.ff = ControlFeedForward(config)
-        if not last:
-            self.norm2_context = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-            self.ff_context = FeedForward(dim)
-
-    def init_control(self) -> None:
-        for part in (self.attn, self.attn2, self.ff):
-            if part is not None:
-                part.init_control()
-
-    def forward(
-        self, streams: Tensor, text: Tensor, emb: Tensor, grid: tuple[int, int], injection_scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """Updates [X, L] (B, 2N, D) and the text (B, M, D); `emb` is the time and text modulation, (B, D)."""
-        normed, gate, shift_mlp, scale_mlp, gate_mlp, *dual = self.norm1(streams, emb=emb)
-        if self.last:
-            normed_text = self.norm1_context(text, emb)
-        else:
-            normed_text, gate_text, *modulation_text = self.norm1_context(text, emb=emb)
-
-        update, update_text = self.attn(normed, normed_text)
-        streams = streams + gate[:, None] * update
-        if self.attn2 is not None:
-            normed, gate = dual
-            streams = streams + gate[:, None] * self.attn2(normed)[0]
-        hidden = _modulate(self.norm2(streams), shift_mlp, scale_mlp)
-        streams = streams + gate_mlp[:, None] * self.ff(hidden, grid, injection_scale)
-
-        if not self.last:
-            shift_mlp, scale_mlp, gate_mlp = modulation_text
-            text = text + gate_text[:, None] * update_text
-            hidden = _modulate(self.norm2_context(text), shift_mlp, scale_mlp)
-            text = text + gate_mlp[:, None] * self.ff_context(hidden)
-        return streams, text
+BASES = ("sd35_medium", "sd35_large", "sd3")
+BASE_PAGE = "https://huggingface.co/stabilityai/stable-diffusion-3.5-medium"
+_VARIANT_NAME = re.compile(r"dit4sr[-_](f|q|v1|r1)(?![a-z0-9])")
+_INJECTION, _KEYS = re.compile(r"\.ff\.control_"), re.compile(r"\.to_k_control\.")
 
 
 class DiT4SRTransformer(nn.Module):
@@ -256,8 +152,13 @@ class DiT4SRTransformer(nn.Module):
         return [p for name, p in self.named_parameters() if "control" in name]
 
     def unused_parameters(self) -> list[nn.Parameter]:
-        """Weights that the published files carry but no output depends on."""
-        return [p for name, p in self.named_parameters() if _UNUSED.search(name)]
+        """Weights that the files carry but no output depends on: they get no gradient and must not be trained."""
+        unused = [_UNUSED]
+        if not self.config.ablations.lr_injection:
+            unused.append(_INJECTION)
+        if self.config.variant == "v1":
+            unused.append(_KEYS)
+        return [p for name, p in self.named_parameters() if any(pattern.search(name) for pattern in unused)]
 
     @classmethod
     def from_pretrained(
@@ -271,8 +172,10 @@ class DiT4SRTransformer(nn.Module):
             dtype: of the weights; None = float32.
         Raises: FileNotFoundError, CorruptCheckpointError, WrongFileError, MismatchedKeysError.
         """
-        path = Path(path)
-        config = read_config(path, variant)
+        path = find_network(path)
+        header = checkpoints.read_header(path)
+        checkpoints.require_family(header, "dit4sr", path, f"Choose a model from {PAGE} or one trained here.")
+        config = read_config(path, variant, header)
         state = checkpoints.load_state(path)
         with torch.device("meta"):
             model = cls(config)
@@ -283,19 +186,29 @@ class DiT4SRTransformer(nn.Module):
 
     @classmethod
     def from_base(
-        cls, folder: str | Path, ablations: Ablations = Ablations(), dtype: torch.dtype | None = None
+        cls, folder: str | Path, ablations: Ablations | None = None, dtype: torch.dtype | None = None
     ) -> DiT4SRTransformer:
         """A new network on the transformer of Stable Diffusion 3.5 (a diffusers folder), ready for training.
 
         The LR stream starts as the paper says (`init_control`); the unused layers of attn2 start at zero.
+
+        Args:
+            folder: the pipeline's folder or its `transformer`.
+            ablations: parts of the method to leave out; None = none.
+            dtype: of the weights; None = float32.
         Raises: as `from_pretrained`, with everything but the added layers matched strictly.
         """
-        folder = Path(folder)
-        model = cls(replace(read_config(folder, "r1"), ablations=ablations)).to(dtype or torch.float32)
-        state = {k: v.to(model.dtype) for k, v in checkpoints.load_state(folder).items()}
-        unused = {name for name, p in model.named_parameters() if _UNUSED.search(name)}
-        added = {name: v for name, v in model.state_dict().items() if "control" in name}
-        added |= {name: torch.zeros_like(v) for name, v in model.state_dict().items() if name in unused}
+        folder, dtype = find_network(folder), dtype or torch.float32
+        header = checkpoints.read_header(folder)
+        checkpoints.require_family(header, BASES, folder, f"The training starts from the folder of {BASE_PAGE}.")
+        with torch.device("meta"):
+            model = cls(replace(read_config(folder, "r1", header), ablations=ablations or Ablations()))
+        state = {name: value.to(dtype) for name, value in checkpoints.load_state(folder).items()}
+        added = {
+            name: torch.zeros(value.shape, dtype=dtype)
+            for name, value in model.state_dict().items()
+            if "control" in name or _UNUSED.search(name)
+        }
         checkpoints.load_strict(model, added | state, source=folder)
         model.init_control()
         return model
@@ -320,28 +233,48 @@ class DiT4SRTransformer(nn.Module):
             temporary.write_text(json.dumps(self.config.to_json(), indent=2) + "\n")
 
 
-def read_config(path: Path, variant: Variant | None = None) -> DiT4SRConfig:
-    """The network's config: from config.json, from a trainer's metadata, else that of the published full size."""
-    if path.is_dir():
-        file = path / "config.json"
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{path} has no config.json. A DiT4SR folder holds config.json and {WEIGHTS_NAME} (or its shards): "
-                "give the folder 'transformer' of a model from https://huggingface.co/acceptee/DiT4SR."
-            )
-        content = json.loads(file.read_text())
-    else:
-        content = checkpoints.read_header(path).config
+def find_network(path: str | Path) -> Path:
+    """The file or folder of the network itself: of a pipeline's folder its `transformer`.
+
+    Raises: FileNotFoundError if nothing is there.
+    """
+    path = Path(path).expanduser()
+    inner = path / "transformer"
+    return inner if inner.is_dir() else checkpoints.require_file(path, "the DiT4SR transformer", str(path.parent), PAGE)
+
+
+def read_config(path: Path, variant: Variant | None = None, header: checkpoints.Header | None = None) -> DiT4SRConfig:
+    """The network's config: from the file's own metadata, else from config.json beside the weights, else, for a single
+    published file, from the shapes of its tensors.
+
+    Args:
+        path: folder or file.
+        variant: None = what the config says, else what the name says (`guess_variant`).
+        header: of `path`, if it was read already.
+    """
+    header = header or checkpoints.read_header(path)
+    folder = path if path.is_dir() else path.parent
+    content = header.config
+    if not content and (folder / "config.json").is_file():
+        beside = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content = beside if path.is_dir() or beside.get("_class_name") == PUBLISHED_CLASS else {}
+    elif not content and path.is_dir():
+        raise FileNotFoundError(
+            f"{path} has no config.json. A DiT4SR folder holds config.json and {WEIGHTS_NAME} (or its shards): "
+            f"give the folder 'transformer' of a model from {PAGE}."
+        )
     if variant is None and "variant" not in content.get("fourfold", {}):
         variant = guess_variant(path)
-    return DiT4SRConfig.from_json(content, **({"variant": variant} if variant else {}))
+    overrides = {"variant": variant} if variant else {}
+    if content:
+        return DiT4SRConfig.from_json(content, **overrides)
+    return DiT4SRConfig.from_shapes({name: shape for name, (_, shape) in header.tensors.items()}, **overrides)
 
 
 def guess_variant(path: Path) -> Variant:
-    """`dit4sr_f` and `dit4sr_q` are the first network (v1), anything else the revised one (r1)."""
-    names = [part.lower() for part in path.resolve().parts[-3:]]
-    return "v1" if any(n.startswith(("dit4sr_f", "dit4sr_q", "dit4sr_v1")) for n in names) else "r1"
-
-
-def _modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return tokens * (1 + scale[:, None]) + shift[:, None]
+    """`dit4sr_f` and `dit4sr_q` are the first network (v1), anything else the revised one (r1); of the file's and its
+    folders' names the innermost that says so counts."""
+    for name in reversed(path.absolute().parts[-3:]):
+        if found := _VARIANT_NAME.search(name.lower()):
+            return "v1" if found[1] in ("f", "q", "v1") else "r1"
+    return "r1"

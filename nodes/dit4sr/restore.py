@@ -16,15 +16,18 @@ from torch import Tensor, nn
 
 from ..common.autoencoder import KLAutoencoder, to_model, to_vae
 from ..common.captions import EmbeddedCaptioner
+from ..common.codec import LinearCodec
+from ..common.color_fix import METHODS as COLOR_FIXES
 from ..common.color_fix import color_fix as fix_colors
 from ..common.images import crop, finish, prepare_lr
 from ..common.sampling import OnStep, cpu_noise, flow_timesteps, guided
 from ..common.sampling import sample as run_scheduler
 from ..common.text import SD3TextEncoder, TextEmbedding
 from ..common.tiling import Box, plan_tiles, tiled, whole
-from ..common.tiny import load_codec, load_text_encoder, tiny_checkpoint
+from ..common.tiny import FILES, load_codec, load_text_encoder, tiny_checkpoint
+from ..common.tiny_text import TinyTextEncoder
 from .config import PRESETS, Sampling, Variant
-from .model import DiT4SRTransformer
+from .model import DiT4SRTransformer, find_network
 from .prompts import NEGATIVE, positive_prompt
 
 Captioner = Callable[[Tensor], list[str]]
@@ -72,6 +75,9 @@ def sample(
     """
     if noise.shape != lr_latent.shape:
         raise ValueError(f"the noise is {tuple(noise.shape)}, the LR latent {tuple(lr_latent.shape)}; expected equal.")
+    patch = model.config.patch_size
+    if tile % patch:
+        raise ValueError(f"the tile is {tile} latents; it must be a multiple of the network's patch size, {patch}.")
     z_lr, noise = lr_latent.float(), noise.to(lr_latent.device, torch.float32)
 
     def predict(x: Tensor, t: Tensor, prompts: list[tuple[TextEmbedding, float]], boxes: list[Box]) -> Tensor:
@@ -126,9 +132,10 @@ def load_system(
     """Loads a network with its autoencoder and text encoder.
 
     Args:
-        model: "tiny" (shipped), or a DiT4SR folder: `transformer/` or what lies in it.
+        model: "tiny" (shipped), a DiT4SR folder (`transformer/` or what lies in it), or the folder `export` of a
+            tiny training.
         base: diffusers folder of Stable Diffusion 3.5 medium, whose VAE and text encoders are used; None = the
-            folder that `model` lies in. Not used by "tiny".
+            folder that `transformer/` lies in. Not used by tiny networks.
         device: None = cuda where there is one, else cpu.
         dtype: of the network; None = bfloat16 on a GPU, float32 on a CPU.
         variant: see `DiT4SRTransformer.from_pretrained`.
@@ -139,28 +146,21 @@ def load_system(
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     captioner = captioner or EmbeddedCaptioner()
     if str(model) == "tiny":
-        transformer = DiT4SRTransformer.from_pretrained(tiny_checkpoint("dit4sr"), dtype=dtype)
-        return System(
-            transformer.to(device),
-            load_codec().to(device),
-            load_text_encoder().to(device),
-            captioner,
-            PRESETS["tiny"].sampling,
-            added_prompt="",
-            negative_prompt="",
-        )
-    folder = Path(model)
-    place = folder / "transformer" if (folder / "transformer").is_dir() else folder
-    base = Path(base) if base else (folder if place != folder else folder.parent)
-    return System(
-        DiT4SRTransformer.from_pretrained(place, variant, dtype).to(device),
-        KLAutoencoder.from_pretrained(base, dtype).to(device),
-        SD3TextEncoder.from_pretrained(base, device=device, dtype=dtype),
-        captioner,
-        PRESETS["full"].sampling,
-        added_prompt=positive_prompt(""),
-        negative_prompt=NEGATIVE,
-    )
+        network, codec, text = tiny_checkpoint("dit4sr"), load_codec(), load_text_encoder()
+        preset, added, negative = "tiny", "", ""
+    elif (Path(model) / FILES["text"]).is_file():
+        network, codec = find_network(model), LinearCodec.load(Path(model) / FILES["codec"])
+        text = TinyTextEncoder.load(Path(model) / FILES["text"])
+        preset, added, negative = "tiny", "", ""
+    else:
+        network = find_network(model)
+        base = Path(base) if base else network.parent
+        codec = KLAutoencoder.from_pretrained(base, dtype)
+        text = SD3TextEncoder.from_pretrained(base, dtype=dtype)
+        preset, added, negative = "full", positive_prompt(""), NEGATIVE
+    transformer = DiT4SRTransformer.from_pretrained(network, variant, dtype).to(device)
+    sampling = PRESETS[preset].sampling
+    return System(transformer, codec.to(device), text.to(device), captioner, sampling, added, negative)
 
 
 @torch.no_grad()
@@ -199,14 +199,19 @@ def restore(
         steps=steps, guidance=guidance, start_sigma=start_sigma, tile=tile, overlap=overlap, tile_batch=tile_batch
     )
     chosen = replace(system.sampling, **{name: value for name, value in given.items() if value is not None})
+    if (color_fix or chosen.color_fix) not in COLOR_FIXES:
+        raise ValueError(f"the colour fix is {color_fix!r}; expected one of {', '.join(COLOR_FIXES)}.")
     prepared = prepare_lr(lr, None if size else scale, size, chosen.multiple, chosen.min_short_side)
     config = system.transformer.config
 
     captions = [prompt] * len(lr) if isinstance(prompt, str) else prompt or system.captioner(prepared.lr)
+    if len(captions) != len(lr):
+        raise ValueError(f"{len(captions)} prompts for {len(lr)} pictures; give one text, or one for each picture.")
     if system.added_prompt:
         captions = [positive_prompt(caption, system.added_prompt) for caption in captions]
     positive = system.text.encode(list(captions))
-    low = system.text.encode([system.negative_prompt if negative is None else negative]) if chosen.guidance != 1 else None
+    unwanted = system.negative_prompt if negative is None else negative
+    low = system.text.encode([unwanted]) if chosen.guidance != 1 else None
 
     latent = system.autoencoder.encode(prepared.pixels.to(system.device))
     z_lr = to_model(latent.float(), config.latent_shift, config.latent_scale)
