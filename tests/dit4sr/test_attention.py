@@ -45,10 +45,7 @@ def by_hand(layer, x, lr, text=None, shared_keys=False, joint=True, residual=Tru
             streams["text"] = (rms(q_t, layer.norm_added_q.weight), rms(k_t, layer.norm_added_k.weight), v_t)
         out = {}
         for name, (query, _, _) in streams.items():
-            if joint:
-                seen = list(streams)
-            else:
-                seen = ["lr"] if name == "lr" else [other for other in streams if other != "lr"]
+            seen = [other for other in streams if joint or (other == "lr") == (name == "lr")]
             keys, values = (torch.cat([streams[other][i] for other in seen], dim=1) for i in (1, 2))
             scores = query @ keys.transpose(1, 2) / (DIM / HEADS) ** 0.5
             weights = scores.exp() / scores.exp().sum(-1, keepdim=True)

@@ -1,0 +1,198 @@
+"""DiT4SR's nodes: what is found when a workflow is queued, and that they do what restore.py does."""
+
+import shutil
+
+import pytest
+import torch
+from fourfold.nodes.common import checkpoints
+from fourfold.nodes.common.sampling import cpu_noise
+from fourfold.nodes.common.text import TextEmbedding
+from fourfold.nodes.dit4sr.prompts import POSITIVE
+
+SHIFT, SCALE = 0.2, 0.5  # z = (latent - shift) * scale
+
+
+@pytest.fixture
+def transformer(model_folder, network):
+    """Name of a small checkpoint in ComfyUI's model folder, and its network."""
+    made = network(latent_shift=SHIFT, latent_scale=SCALE)
+    checkpoints.save_checkpoint(
+        model_folder / "small.safetensors", made.state_dict(), method="dit4sr", config=made.config.to_json())
+    return "small.safetensors", made
+
+
+@pytest.fixture
+def model(comfyui, network):
+    from fourfold.nodes.common.host.models import host
+
+    return host(network(latent_shift=SHIFT, latent_scale=SCALE), "dit4sr")
+
+
+def prompt(seed=0, **extras):
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randn(1, 5, 12, generator=draw), {"pooled_output": torch.randn(1, 10, generator=draw), **extras}]
+
+
+def latent(batch=1, height=8, width=8, channels=4):
+    return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(3))
+
+
+def run(nodes, model, samples, positive=None, negative=None, **widgets):
+    settings = {"seed": 5, "steps": 2, "guidance": 3.0, "start_sigma": 0.8, "injection_scale": 1.1, "tile": 8,
+                "overlap": 4, "tile_batch": 2, **widgets}
+    conditions = (positive or [prompt(1)], negative or [prompt(2)])
+    return nodes["FourfoldMMDiTControlSampler"].execute(model, *conditions, {"samples": samples}, **settings).args[0]
+
+
+# loader
+
+
+def test_the_loader_lists_and_loads_what_lies_in_comfyuis_folders(nodes, transformer):
+    name, network = transformer
+    loader = nodes["FourfoldDiT4SRLoader"]
+    assert loader.define_schema().inputs[0].options == [name]
+    assert loader.validate_inputs(name) is True and loader.validate_inputs(None) is True
+    model = loader.execute(name, "auto", "fp32").args[0]
+    assert model.method == "dit4sr" and model.network.config == network.config
+    assert all(torch.equal(a, b) for a, b in zip(model.network.parameters(), network.parameters(), strict=True))
+    assert loader.execute(name, "v1", "bf16").args[0].network.config.variant == "v1"
+    assert loader.execute(name, "v1", "bf16").args[0].network.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("variant", ["v1", "r1"])
+def test_a_published_folder_is_one_model(nodes, model_folder, recorded, variant):
+    folder, _ = recorded(variant)
+    shutil.copytree(folder / "transformer", model_folder / f"dit4sr_{variant}" / "transformer")
+    loader = nodes["FourfoldDiT4SRLoader"]
+    (name,) = [option for option in loader.define_schema().inputs[0].options if option.endswith("transformer")]
+    assert loader.validate_inputs(name) is True
+    assert loader.execute(name, "auto", "fp32").args[0].network.config.variant == variant
+
+
+def test_what_is_wrong_with_a_file_is_said_at_queue_time(nodes, model_folder, transformer):
+    validate = nodes["FourfoldDiT4SRLoader"].validate_inputs
+    whole = (model_folder / "small.safetensors").read_bytes()
+    (model_folder / "short.safetensors").write_bytes(whole[:-10])
+    (model_folder / "text.safetensors").write_text("this is a letter, not a checkpoint")
+    sdxl = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1),
+            "model.diffusion_model.label_emb.0.0.weight": torch.zeros(1, 2816)}
+    checkpoints.save_file(sdxl, model_folder / "sdxl.safetensors")
+    assert "acceptee/DiT4SR" in validate("gone.safetensors") and str(model_folder) in validate("gone.safetensors")
+    assert "truncated" in validate("short.safetensors")
+    assert "text file" in validate("text.safetensors")
+    assert "an SDXL checkpoint, but a DiT4SR transformer" in validate("sdxl.safetensors")
+
+
+def test_a_changed_file_is_loaded_again(nodes, model_folder, transformer):
+    fingerprint = nodes["FourfoldDiT4SRLoader"].fingerprint_inputs
+    before = fingerprint(transformer=transformer[0], variant="auto", dtype="fp32")
+    (model_folder / "small.safetensors").touch()
+    assert fingerprint(transformer=transformer[0]) != before
+    assert fingerprint(transformer=None, variant="auto", dtype="fp32") == ""
+
+
+# sampler
+
+
+def test_the_sampler_is_sample_on_scaled_latents(nodes, model):
+    from fourfold.nodes.dit4sr.restore import sample
+
+    unscaled = latent(batch=2, height=12, width=8)
+    z_lr = (unscaled - SHIFT) * SCALE
+    texts = [TextEmbedding(tokens, extras["pooled_output"]) for tokens, extras in (prompt(1), prompt(2))]
+    expected = sample(model.network, z_lr, cpu_noise(5, z_lr.shape), *texts, steps=2, guidance=3.0, start_sigma=0.8,
+                      injection_scale=1.1, tile=8, overlap=4, tile_batch=2)
+    result = run(nodes, model, unscaled)
+    assert set(result) == {"samples"}
+    assert torch.allclose(result["samples"], expected / SCALE + SHIFT, atol=1e-5)
+
+
+def test_a_batch_of_two_equals_two_singles(nodes, model):
+    both = latent(batch=2)
+    together = run(nodes, model, both)["samples"]
+    apart = [run(nodes, model, both[b : b + 1], seed=5 + b)["samples"] for b in range(2)]
+    assert torch.allclose(together, torch.cat(apart), atol=1e-4)
+
+
+def test_several_prompts_are_averaged_by_strength(nodes, model):
+    def one_step(*positive):
+        return run(nodes, model, latent(), positive=list(positive), steps=1, guidance=1.0)["samples"]
+
+    mixed = one_step(prompt(1, strength=1.0), prompt(7, strength=3.0))
+    assert torch.allclose(mixed, 0.25 * one_step(prompt(1)) + 0.75 * one_step(prompt(7)), atol=1e-5)
+    assert not torch.allclose(one_step(prompt(1)), one_step(prompt(7)), atol=1e-3)
+
+
+def test_prompts_of_different_lengths_go_together(nodes, model):
+    long = [torch.cat([prompt(2)[0], prompt(4)[0]], dim=1), prompt(2)[1]]
+    assert run(nodes, model, latent(), negative=[long])["samples"].isfinite().all()
+
+
+def test_a_cancelled_run_makes_no_further_network_call(nodes, model, monkeypatch):
+    import comfy.model_management as management
+
+    calls = []
+    monkeypatch.setattr(model.network, "_check", lambda *_: calls.append(management.interrupt_current_processing(True)))
+    with pytest.raises(management.InterruptProcessingException):
+        run(nodes, model, latent(height=24))
+    assert len(calls) == 1
+    monkeypatch.undo()
+    assert run(nodes, model, latent())["samples"].isfinite().all()
+
+
+def test_another_vaes_latent_is_refused(nodes, model):
+    for samples in (latent(channels=16), latent()[:, :, None]):
+        with pytest.raises(ValueError, match=r"lr_latent is .* expected \(B, 4, h, w\)"):
+            run(nodes, model, samples)
+
+
+@pytest.mark.parametrize(
+    ("widgets", "complaint"),
+    [({"tile": 64, "overlap": 64}, "must be smaller than tile"), ({"tile": 63}, "an even number from 8"),
+     ({"tile": 1024}, "an even number from 8 to 512"), ({"overlap": -1}, "overlap is -1"), ({}, True),
+     ({"tile": 64, "overlap": 24}, True), ({"tile": None, "overlap": 24}, True)],
+)
+def test_tile_and_overlap_are_checked_at_queue_time(nodes, widgets, complaint):
+    answer = nodes["FourfoldMMDiTControlSampler"].validate_inputs(**widgets)
+    assert answer is True if complaint is True else complaint in answer
+
+
+def test_the_paper_gives_the_defaults(nodes):
+    widgets = [i for i in nodes["FourfoldMMDiTControlSampler"].define_schema().inputs if hasattr(i, "default")]
+    assert {widget.id: widget.default for widget in widgets} == {
+        "seed": 0, "steps": 40, "guidance": 8.0, "start_sigma": 1.0, "injection_scale": 1.2, "tile": 64, "overlap": 24,
+        "tile_batch": 4}
+
+
+# Caption Image
+
+
+def test_each_picture_gets_its_caption(nodes):
+    from fourfold.nodes.common.captions import EmbeddedCaptioner
+
+    images = torch.rand(3, 16, 16, 4) * torch.tensor([0.1, 0.5, 1.0])[:, None, None, None]
+    prompts = nodes["FourfoldCaptionImage"].execute(images, "embedded", True, f" {POSITIVE}\n").args[0]
+    captions = EmbeddedCaptioner()(images[..., :3].movedim(-1, 1))
+    assert prompts == [f"{caption} {POSITIVE}" for caption in captions] and len(set(prompts)) > 1
+    assert nodes["FourfoldCaptionImage"].execute(images, "embedded", True, "").args[0] == captions
+
+
+def test_a_captioner_of_transformers_speaks_without_the_words_of_damage(nodes, model_folder, monkeypatch):
+    from fourfold.nodes.dit4sr import comfy_nodes
+
+    class Captioner:
+        network = torch.nn.Linear(1, 1)
+
+        def __call__(self, images):
+            return ["A cat. The background is blurry."] * len(images)
+
+    (model_folder / "blip").mkdir()
+    for file in ("config.json", "preprocessor_config.json"):
+        (model_folder / "blip" / file).touch()
+    asked = []
+    monkeypatch.setattr(comfy_nodes, "load_captioner", lambda folder, **options: asked.append(folder) or Captioner())
+    node = nodes["FourfoldCaptionImage"]
+    assert node.define_schema().inputs[1].options == ["embedded", "blip"]
+    assert node.execute(torch.rand(2, 8, 8, 3), "blip", True, "Sharp.").args[0] == ["A cat. Sharp."] * 2
+    assert node.execute(torch.rand(1, 8, 8, 3), "blip", False, "").args[0] == ["A cat. The background is blurry."]
+    assert asked == [model_folder / "blip"] * 2
