@@ -56,7 +56,7 @@ def set_up(extra: str) -> None:
         say(f"making {ENVIRONMENT}")
         venv.create(ENVIRONMENT, with_pip=True)
     say(f"installing the suite with its extra '{extra}'; the first time this takes some minutes")
-    call([python(), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *torch_index(),
+    call([python(), "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check", *torch_index(),
           "--editable", f"{ROOT}[{extra}]"])
     mark.write_text(wanted)
 
