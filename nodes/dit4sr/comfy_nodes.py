@@ -141,7 +141,7 @@ class MMDiTControlSampler(io.ComfyNode):
     @classmethod
     def execute(cls, model, positive, negative, lr_latent, seed, steps, guidance, start_sigma, injection_scale, tile,
                 overlap, tile_batch) -> io.NodeOutput:
-        config = require_method(model, "dit4sr", "MM-DiT-Control Sampler").patcher.model.config
+        config = require_method(model, "dit4sr", "MM-DiT-Control Sampler").network.config
         widths = (config.joint_attention_dim, config.pooled_projection_dim)
         texts = [read_conditioning(c, *widths, _encoder(widths[0])) for c in (positive, negative)]
         latent = _checked(lr_latent["samples"], config.in_channels)
@@ -164,8 +164,8 @@ def _shift(config: DiT4SRConfig) -> float:
 
 def _working_memory(model: HostedModel, latents: int) -> float:
     """Bytes that one call on so many latents needs beside the weights, about 24 times its tokens (MLP, q, k and v)."""
-    config, network = model.patcher.model.config, model.patcher.model
-    return 24.0 * 2 * latents / config.patch_size**2 * config.inner_dim * network.dtype.itemsize
+    config = model.network.config
+    return 24.0 * 2 * latents / config.patch_size**2 * config.inner_dim * model.network.dtype.itemsize
 
 
 def _encoder(width: int) -> str:

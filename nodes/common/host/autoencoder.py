@@ -5,11 +5,12 @@ import torch
 from comfy.latent_formats import SD3, LatentFormat
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import VAE
+from torch import Tensor, nn
 
 from ..autoencoder import to_vae
 from ..codec import LinearCodec
 
-_BYTES = 64.0  # of working memory for each value of the picture; measured on the codec's decoder, rounded up
+_BYTES = 64.0  # of working memory for each value of the picture: room for sixteen float32 copies
 
 
 class TinyVAE(VAE):
@@ -21,14 +22,28 @@ class TinyVAE(VAE):
 
     def __init__(self, codec: LinearCodec):
         super().__init__(sd={"pixel_space_vae": torch.tensor(1.0)}, dtype=torch.float32)
-        self.first_stage_model = codec.eval()
+        self.first_stage_model = _FirstStage(codec.eval())
         self.downscale_ratio = self.upscale_ratio = codec.downscale
         self.latent_channels, self.output_channels, self.latent_dim = codec.latent_channels, 3, 2
         self.process_input = lambda pixels: pixels  # the codec takes and gives 0..1
         self.process_output = lambda pixels: pixels.clamp(0, 1)
         self.memory_used_encode = lambda shape, dtype: shape[1] * shape[2] * shape[3] * _BYTES
         self.memory_used_decode = lambda shape, dtype: 3 * shape[2] * shape[3] * codec.downscale**2 * _BYTES
-        self.patcher = ModelPatcher(codec, self.device, management.vae_offload_device())
+        self.patcher = ModelPatcher(self.first_stage_model, self.device, management.vae_offload_device())
+
+
+class _FirstStage(nn.Module):
+    """What ModelPatcher holds: it writes attributes of its own, which need not fit the codec."""
+
+    def __init__(self, codec: LinearCodec):
+        super().__init__()
+        self.codec = codec
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return self.codec.encode(pixels)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        return self.codec.decode(latent)
 
 
 class TinyLatents(LatentFormat):

@@ -21,6 +21,19 @@ class HostedModel:
     patcher: ModelPatcher  # holds the network; reach it through `on_device`
     preview: LatentFormat | None = None  # how ComfyUI draws a preview of its latents; None = no preview
 
+    @property
+    def network(self) -> nn.Module:
+        """For looking at its config; wherever it lies."""
+        return self.patcher.model.network
+
+
+class HostedNetwork(nn.Module):
+    """What ModelPatcher holds: it writes attributes of its own, such as `device`, which a network may use itself."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
 
 def pick_dtype(choice: str, parameters: int = 0) -> torch.dtype:
     """The dtype of the weights: a name in `DTYPES`, or "default" = what ComfyUI would take for so many parameters."""
@@ -33,7 +46,7 @@ def pick_dtype(choice: str, parameters: int = 0) -> torch.dtype:
 
 def host(network: nn.Module, method: str, preview: LatentFormat | None = None) -> HostedModel:
     """Hands a network over to ComfyUI's memory management."""
-    patcher = ModelPatcher(network, management.get_torch_device(), management.unet_offload_device())
+    patcher = ModelPatcher(HostedNetwork(network), management.get_torch_device(), management.unet_offload_device())
     return HostedModel(method, patcher, preview)
 
 
@@ -49,7 +62,7 @@ def on_device(model: HostedModel, memory_required: float = 0.0) -> Iterator[nn.M
     """
     patcher = model.patcher
     management.load_models_gpu([patcher], memory_required=memory_required, force_full_load=True)
-    network, device = patcher.model, patcher.load_device
+    network, device = model.network, patcher.load_device
     stays = all(p.device.type == device.type for p in network.parameters())
     watch = network.register_forward_pre_hook(lambda *_: management.throw_exception_if_processing_interrupted())
     try:

