@@ -4,6 +4,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,7 +50,6 @@ def run(options: argparse.Namespace) -> int:
     from ..nodes.common.evaluation import BICUBIC, CLEAN, bicubic, evaluate, judge, summarise, validation_pairs
     from ..nodes.common.metrics import MEASURES, load_metrics
     from .methods import Method
-    from .sheet import write_sheet
 
     if options.degradation not in DEGRADATIONS:
         raise ValueError(f"unknown degradation {options.degradation!r}; there are {', '.join(DEGRADATIONS)}.")
@@ -63,15 +63,17 @@ def run(options: argparse.Namespace) -> int:
     methods = [] if options.baseline_only else options.method or list(METHODS)
     restorers: dict[str, Restorer] = {BICUBIC: bicubic, **{name: Method(name, options) for name in methods}}
 
-    pictures: dict[str, dict[str, torch.Tensor]] = {}
+    shown: dict[int, dict[str, torch.Tensor]] = {pair.index: {} for pair in pairs[:options.sheet or 0]}
 
     def keep(pair, method, picture):
-        if options.sheet and pair.index < options.sheet and method != CLEAN:
-            pictures.setdefault(pair.name, {})[method] = picture
+        if pair.index in shown and method != CLEAN:
+            shown[pair.index][method] = picture
 
     with _progress(len(pairs) * len(restorers)) as bar:
         rows = evaluate(pairs, restorers, metrics, batch=options.batch, on_picture=keep,
                         on_row=lambda row: bar.update(row.method != CLEAN))
+    for pair in pairs[:len(shown)]:
+        shown[pair.index][CLEAN] = pair.hr
     means = summarise(rows)
     verdicts = {name: judge(means, name, metrics) for name in methods}
 
@@ -83,19 +85,24 @@ def run(options: argparse.Namespace) -> int:
         print(f"{name}: {'clears' if verdict.passed else 'does not clear'} the bar")
         print("\n".join(f"  {reason}" for reason in verdict.reasons))
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        write_text(options.out / "scores.csv", as_csv(rows, metrics))
         summary = {"data": str(options.data), "photographs": len(pairs), "crop": options.crop,
                    "degradation": options.degradation, "model": options.model, "settings": sampling_settings(options),
-                   "torch": torch.__version__, "left_out": left_out, "means": means,
+                   "torch": torch.__version__, "left_out": left_out,
+                   "means": {method: _defined(scores) for method, scores in means.items()},
                    "verdicts": {name: {"passed": v.passed, "reasons": v.reasons} for name, v in verdicts.items()}}
-        write_text(options.out / "summary.json", json.dumps(summary, indent=2) + "\n")
-        if options.sheet:
-            for pair in pairs[:options.sheet]:
-                pictures[pair.name][CLEAN] = pair.hr
-            write_sheet(options.out / "sheet.png", list(pictures.values()), cell=SHEET_TILE)
-        print(f"written to {options.out}")
+        _write(options.out, as_csv(rows, metrics), summary, list(shown.values()))
     return 0
+
+
+def _write(out: Path, scores: str, summary: dict, shown: list[dict]) -> None:
+    from .sheet import write_sheet
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "scores.csv", scores)
+    write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    if shown:
+        write_sheet(out / "sheet.png", shown, cell=SHEET_TILE)
+    print(f"written to {out}")
 
 
 def format_table(means: Mapping[str, Mapping[str, float]], metrics: Mapping[str, "Metric"]) -> str:
@@ -124,6 +131,11 @@ def as_csv(rows: list["Row"], metrics: Mapping[str, "Metric"]) -> str:
 
 def _number(value: float | None, decimals: int) -> str:
     return "-" if value is None or value != value else f"{value:.{decimals}f}"
+
+
+def _defined(scores: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON knows no NaN: what no picture defines becomes null."""
+    return {name: value if math.isfinite(value) else None for name, value in scores.items()}
 
 
 def _progress(total: int):
