@@ -9,6 +9,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from . import checkpoints
+from .errors import MismatchedKeysError
+
 TILED_FROM = 1024  # pixels, side from which encoding and decoding go tile by tile
 
 
@@ -68,7 +71,8 @@ class KLAutoencoder(nn.Module):
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> KLAutoencoder:
         """Loads the `vae` subfolder of a diffusers folder, or the folder itself if it is one.
 
-        Raises: FileNotFoundError that says where the folder is to be had.
+        Raises: FileNotFoundError that says where the folder is to be had; WrongFileError, CorruptCheckpointError;
+            MismatchedKeysError if weights are missing, surplus or of another shape.
         """
         folder = Path(folder)
         place = folder / "vae" if (folder / "vae").is_dir() else folder
@@ -77,8 +81,15 @@ class KLAutoencoder(nn.Module):
                 f"no VAE in {folder}: a subfolder 'vae' with config.json and its weights is expected, as in "
                 "https://huggingface.co/stabilityai/stable-diffusion-3.5-medium. Give the folder of that model as base."
             )
-        vae = AutoencoderKL.from_pretrained(place, torch_dtype=dtype, local_files_only=True)
-        return cls(vae.eval().requires_grad_(False))
+        hint = "Give a diffusers folder with a subfolder 'vae'."
+        checkpoints.require_family(checkpoints.read_header(place), ("vae16", "vae4"), place, hint)
+        vae, report = AutoencoderKL.from_pretrained(
+            place, torch_dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+        wrong = "; ".join(f"{kind.removesuffix('_keys')}: {keys}" for kind, keys in report.items() if keys)
+        if wrong:
+            raise MismatchedKeysError(f"{place}: the weights do not fit config.json ({wrong}). Download both again.")
+        return cls(vae).eval().requires_grad_(False)
 
 
 def to_model(latent: Tensor, shift: float, scale: float) -> Tensor:

@@ -159,6 +159,9 @@ def load_system(
         text = SD3TextEncoder.from_pretrained(base, dtype=dtype)
         preset, added, negative = "full", positive_prompt(""), NEGATIVE
     transformer = DiT4SRTransformer.from_pretrained(network, variant, dtype).to(device)
+    channels, takes = codec.latent_channels, transformer.config.in_channels
+    if channels != takes:
+        raise ValueError(f"the autoencoder makes latents of {channels} channels, but {network} takes {takes}.")
     sampling = PRESETS[preset].sampling
     return System(transformer, codec.to(device), text.to(device), captioner, sampling, added, negative)
 
