@@ -79,5 +79,5 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """The sampling options that were given, as keyword arguments of `fourfold.restore`."""
-    return {name: getattr(options, name) for name in SAMPLING if getattr(options, name) is not None}
+    """The sampling options that the command has and that were given, as keyword arguments of `fourfold.restore`."""
+    return {name: value for name in SAMPLING if (value := getattr(options, name, None)) is not None}

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from fourfold import cli
 from fourfold.commands import demo, engines, methods
-from fourfold.commands.options import METHODS
+from fourfold.commands.options import METHODS, sampling_settings
 from fourfold.commands.restore import plan
 from fourfold.nodes import restoration
 from fourfold.nodes.common.image_files import read_image, write_image
@@ -25,7 +25,7 @@ class Enlarger:
     def __init__(self, name, options):
         if options.model == "missing":
             raise FileNotFoundError("no weights at missing")
-        self.name, self.settings = name, {"steps": 2}
+        self.name, self.settings = name, {"steps": 2} | sampling_settings(options)
 
     def __call__(self, lr, seed, scale=4, size=None, on_step=None):
         if lr.shape[-1] == 13:
@@ -64,12 +64,13 @@ def test_wrong_usage_is_told_apart_from_failure(capsys):
 
 def test_a_result_says_how_it_was_made(tmp_path):
     source = picture(tmp_path / "lr.png")
-    assert cli.main(["restore", str(source), "--out", str(tmp_path / "out"), "--seed", "7", "--scale", "2"]) == 0
+    assert cli.main(["restore", str(source), "--out", str(tmp_path / "out"), "--seed", "7", "--scale", "2",
+                     "--start-sigma", "0.5"]) == 0
     with Image.open(tmp_path / "out" / "lr.png") as result:
         assert result.size == (12, 10)
         made = json.loads(result.text["fourfold"])
     assert (made["method"], made["model"], made["seed"], made["scale"]) == ("dit4sr", "tiny", 7, 2)
-    assert made["settings"] == {"steps": 2} and made["source"] == "lr.png" and made["version"]
+    assert made["settings"] == {"steps": 2, "start_sigma": 0.5} and made["source"] == "lr.png" and made["version"]
 
 
 def test_an_exact_size(tmp_path, capsys):
