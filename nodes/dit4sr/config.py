@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from .prompts import NEGATIVE, POSITIVE
+
 Variant = Literal["v1", "r1"]
 Anchor = Literal["none", "lr"]
 PUBLISHED_CLASS = "SD3Transformer2DModel"  # `_class_name` in the config.json of the published folders
@@ -153,10 +155,12 @@ class Sampling:
 class Preset:
     network: DiT4SRConfig
     sampling: Sampling
+    added_prompt: str = ""  # follows the caption
+    negative_prompt: str = ""
 
 
 PRESETS: dict[str, Preset] = {
-    "full": Preset(DiT4SRConfig(), Sampling()),
+    "full": Preset(DiT4SRConfig(), Sampling(), POSITIVE, NEGATIVE),
     "tiny": Preset(
         DiT4SRConfig(
             sample_size=32,
@@ -174,9 +178,9 @@ PRESETS: dict[str, Preset] = {
             latent_scale=1.0,
         ),
         Sampling(
-            steps=8,
+            steps=3,
             guidance=1.0,
-            start_sigma=0.4,
+            start_sigma=1.0,
             shift=1.0,
             tile=32,
             overlap=8,

@@ -26,9 +26,9 @@ from ..common.text import SD3TextEncoder, TextEmbedding
 from ..common.tiling import Box, plan_tiles, tiled, whole
 from ..common.tiny import FILES, load_codec, load_text_encoder, tiny_checkpoint
 from ..common.tiny_text import TinyTextEncoder
-from .config import PRESETS, Sampling, Variant
+from .config import PRESETS, Preset, Sampling, Variant
 from .model import DiT4SRTransformer, find_network
-from .prompts import NEGATIVE, positive_prompt
+from .prompts import positive_prompt
 
 Captioner = Callable[[Tensor], list[str]]
 Prompts = TextEmbedding | Sequence[tuple[TextEmbedding, float]]  # several: predictions averaged with these shares
@@ -116,6 +116,19 @@ class System:
     added_prompt: str  # follows the caption
     negative_prompt: str
 
+    @classmethod
+    def of(
+        cls,
+        preset: Preset,
+        transformer: DiT4SRTransformer,
+        autoencoder: nn.Module,
+        text: nn.Module,
+        captioner: Captioner | None = None,
+    ) -> System:
+        """A system that samples as the preset says; captioner None = the embedded one."""
+        prompts = preset.added_prompt, preset.negative_prompt
+        return cls(transformer, autoencoder, text, captioner or EmbeddedCaptioner(), preset.sampling, *prompts)
+
     @property
     def device(self) -> torch.device:
         return self.transformer.device
@@ -144,26 +157,22 @@ def load_system(
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    captioner = captioner or EmbeddedCaptioner()
     if str(model) == "tiny":
         network, codec, text = tiny_checkpoint("dit4sr"), load_codec(), load_text_encoder()
-        preset, added, negative = "tiny", "", ""
+        preset = PRESETS["tiny"]
     elif (Path(model) / FILES["text"]).is_file():
         network, codec = find_network(model), LinearCodec.load(Path(model) / FILES["codec"])
-        text = TinyTextEncoder.load(Path(model) / FILES["text"])
-        preset, added, negative = "tiny", "", ""
+        text, preset = TinyTextEncoder.load(Path(model) / FILES["text"]), PRESETS["tiny"]
     else:
         network = find_network(model)
         base = Path(base) if base else network.parent
         codec = KLAutoencoder.from_pretrained(base, dtype)
-        text = SD3TextEncoder.from_pretrained(base, dtype=dtype)
-        preset, added, negative = "full", positive_prompt(""), NEGATIVE
+        text, preset = SD3TextEncoder.from_pretrained(base, dtype=dtype), PRESETS["full"]
     transformer = DiT4SRTransformer.from_pretrained(network, variant, dtype).to(device)
     channels, takes = codec.latent_channels, transformer.config.in_channels
     if channels != takes:
         raise ValueError(f"the autoencoder makes latents of {channels} channels, but {network} takes {takes}.")
-    sampling = PRESETS[preset].sampling
-    return System(transformer, codec.to(device), text.to(device), captioner, sampling, added, negative)
+    return System.of(preset, transformer, codec.to(device), text.to(device), captioner)
 
 
 @torch.no_grad()
