@@ -18,6 +18,7 @@ from comfy_api.latest import io, ui
 from . import tiny
 from .color_fix import METHODS, color_fix
 from .degradation import DEGRADATIONS, degrade
+from .host.files import fingerprint
 from .images import Prepared, crop, finish, from_comfy, prepare_lr, side_by_side, to_comfy
 
 CATEGORY = "Fourfold"
@@ -197,6 +198,10 @@ class TinyModels(io.ComfyNode):
         except (FileNotFoundError, ValueError) as error:
             return str(error)
         return True
+
+    @classmethod
+    def fingerprint_inputs(cls, method=None) -> str:
+        return "; ".join(fingerprint(tiny.tiny_checkpoint(part)) for part in ("codec", "text", method or "codec"))
 
     @classmethod
     def execute(cls, method) -> io.NodeOutput:

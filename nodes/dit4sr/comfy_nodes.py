@@ -24,6 +24,7 @@ CATEGORY = "Fourfold/DiT4SR"
 FOLDERS = ("diffusion_models", "fourfold")  # where transformers are looked for, in this order
 CAPTIONERS = ("fourfold", "LLM")  # where folders of image-to-text models are looked for
 EMBEDDED = "embedded"
+NOT_OURS = {file for part, file in tiny.FILES.items() if part != "dit4sr"}  # the rest of the tiny family
 PAGE = "https://huggingface.co/acceptee/DiT4SR"
 SD3_SHIFT = 0.0609  # of the latents of Stable Diffusion 3's VAE; the tiny codec has another
 DiT4SRModel = io.Custom("FOURFOLD_DIT4SR")
@@ -64,7 +65,7 @@ class DiT4SRLoader(io.ComfyNode):
             category=CATEGORY,
             description="Loads a DiT4SR transformer. Text encoders and VAE are those of Stable Diffusion 3.5 medium.",
             inputs=[
-                io.Combo.Input("transformer", options=list_models(FOLDERS),
+                io.Combo.Input("transformer", options=[name for name in list_models(FOLDERS) if name not in NOT_OURS],
                                tooltip="A folder (config.json and its weights) or a single file from "
                                "models/diffusion_models or models/fourfold."),
                 io.Combo.Input("variant", options=["auto", "v1", "r1"], default="auto",

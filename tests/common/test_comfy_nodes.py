@@ -193,4 +193,7 @@ def test_tiny_models_says_which_checkpoint_is_missing(nodes, tmp_path, monkeypat
         (tmp_path / name).touch()
     assert node.validate_inputs("dit4sr") is True and node.validate_inputs(None) is True
     assert node.define_schema().inputs[0].options == ["dit4sr"]
+    before = node.fingerprint_inputs("dit4sr")
+    (tmp_path / tiny.FILES["dit4sr"]).write_bytes(b"better")
+    assert node.fingerprint_inputs("dit4sr") != before
     assert "no part 'flux'" in node.validate_inputs("flux")

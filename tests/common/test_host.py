@@ -24,7 +24,7 @@ def test_a_missing_model_is_said_with_its_folder_and_page(model_folder):
 
     (model_folder.parent / "outside.safetensors").touch()
     for name in ("gone.safetensors", "../outside.safetensors", ""):
-        with pytest.raises(FileNotFoundError, match=r"the transformer .* is in none of .* from my\.page") as error:
+        with pytest.raises(FileNotFoundError, match=r"the transformer .* Download it from my\.page") as error:
             find_model(name, ["fourfold"], "the transformer", "my.page")
         assert str(model_folder) in str(error.value)
 

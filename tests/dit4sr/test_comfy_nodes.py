@@ -1,12 +1,15 @@
 """DiT4SR's nodes: what is found when a workflow is queued, and that they do what restore.py does."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
-from fourfold.nodes.common import checkpoints
+from fourfold.nodes.common import checkpoints, tiny
 from fourfold.nodes.common.sampling import cpu_noise
 from fourfold.nodes.common.text import TextEmbedding
+from fourfold.nodes.dit4sr.config import PRESETS
+from fourfold.nodes.dit4sr.model import DiT4SRTransformer
 from fourfold.nodes.dit4sr.prompts import POSITIVE
 
 SHIFT, SCALE = 0.2, 0.5  # z = (latent - shift) * scale
@@ -47,9 +50,10 @@ def run(nodes, model, samples, positive=None, negative=None, **widgets):
 # loader
 
 
-def test_the_loader_lists_and_loads_what_lies_in_comfyuis_folders(nodes, transformer):
+def test_the_loader_lists_and_loads_what_lies_in_comfyuis_folders(nodes, model_folder, transformer):
     name, network = transformer
     loader = nodes["FourfoldDiT4SRLoader"]
+    (model_folder / tiny.FILES["codec"]).touch()  # not offered: nobody wants it as a transformer
     assert loader.define_schema().inputs[0].options == [name]
     assert loader.validate_inputs(name) is True and loader.validate_inputs(None) is True
     model = loader.execute(name, "auto", "fp32").args[0]
@@ -196,3 +200,51 @@ def test_a_captioner_of_transformers_speaks_without_the_words_of_damage(nodes, m
     assert node.execute(torch.rand(2, 8, 8, 3), "blip", True, "Sharp.").args[0] == ["A cat. Sharp."] * 2
     assert node.execute(torch.rand(1, 8, 8, 3), "blip", False, "").args[0] == ["A cat. The background is blurry."]
     assert asked == [model_folder / "blip"] * 2
+
+
+# the whole way
+
+
+@pytest.fixture
+def tiny_family(tmp_path, monkeypatch):
+    """Checkpoints of a family smaller than the tiny one, with random weights, in place of the shipped ones."""
+    from fourfold.nodes.common.codec import LinearCodec
+    from fourfold.nodes.common.tiny_text import TinyTextConfig, TinyTextEncoder
+
+    torch.manual_seed(0)
+    config = replace(
+        PRESETS["tiny"].network, num_layers=2, attention_head_dim=8, num_attention_heads=2, caption_projection_dim=16,
+        joint_attention_dim=16, pooled_projection_dim=16, latent_shift=SHIFT, latent_scale=SCALE)
+    network = DiT4SRTransformer(config)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    monkeypatch.setattr(tiny, "CHECKPOINTS", tmp_path)
+    checkpoints.save_checkpoint(
+        tmp_path / tiny.FILES["dit4sr"], network.state_dict(), method="dit4sr", config=config.to_json())
+    TinyTextEncoder(TinyTextConfig(width=16, layers=1, heads=2, hidden=16)).save(tmp_path / tiny.FILES["text"])
+    LinearCodec().save(tmp_path / tiny.FILES["codec"])
+
+
+@torch.inference_mode()
+def test_the_graph_of_the_tiny_workflow_is_restore(nodes, only_in_comfyui, tiny_family):
+    from fourfold.nodes.dit4sr.restore import load_system, restore
+
+    import nodes as stock
+
+    lr = torch.rand(1, 3, 32, 40)
+    expected = restore(lr, load_system("tiny", device="cpu"), scale=4, seed=7).movedim(1, -1)
+
+    settings = PRESETS["tiny"].sampling
+    model, clip, vae = nodes["FourfoldTinyModels"].execute("dit4sr").args
+    prepared, frame = nodes["FourfoldLRPrepare"].execute(
+        lr.movedim(1, -1), 4.0, 0, 0, settings.multiple, settings.min_short_side).args
+    (caption,) = nodes["FourfoldCaptionImage"].execute(prepared, "embedded", True, "").args[0]
+    positive, negative = (stock.CLIPTextEncode().encode(clip, text)[0] for text in (caption, ""))
+    (lr_latent,) = stock.VAEEncode().encode(vae, prepared)
+    latent = nodes["FourfoldMMDiTControlSampler"].execute(
+        model, positive, negative, lr_latent, 7, settings.steps, settings.guidance, settings.start_sigma,
+        model.network.config.injection_scale, settings.tile, settings.overlap, settings.tile_batch).args[0]
+    (decoded,) = stock.VAEDecode().decode(vae, latent)
+    result, _ = nodes["FourfoldColorFix"].execute(decoded, frame, settings.color_fix).args
+    assert result.shape == (1, 128, 160, 3)
+    assert torch.allclose(result, expected, atol=1e-4)

@@ -5,7 +5,7 @@ folder ("dit4sr_q/transformer"), recognised by its config.json. Nothing is ever 
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import folder_paths
@@ -39,7 +39,7 @@ def list_models(folders: Iterable[str]) -> list[str]:
     return sorted(names)
 
 
-def find_model(name: str, folders: Iterable[str], what: str, page: str) -> Path:
+def find_model(name: str, folders: Sequence[str], what: str, page: str) -> Path:
     """Path of a model that `list_models` named.
 
     Args:
@@ -47,7 +47,7 @@ def find_model(name: str, folders: Iterable[str], what: str, page: str) -> Path:
         folders: names of ComfyUI's model folders, in the order they are searched.
         what: what is looked for, for the error.
         page: where it can be had, for the error.
-    Raises: FileNotFoundError that names the folders it belongs in and its page.
+    Raises: FileNotFoundError that names the folder it belongs in, its page, and where else was looked.
     """
     places = _places(folders)
     inside = os.path.relpath(os.path.join(os.sep, name), os.sep)  # "../x" and "/x" become "x"
@@ -55,9 +55,10 @@ def find_model(name: str, folders: Iterable[str], what: str, page: str) -> Path:
         path = Path(place, inside)
         if name and (path.is_file() or (path / _CONFIG).is_file()):
             return path
+    home = next((place for place in places if os.path.basename(place) in folders), places[0])
     raise FileNotFoundError(
-        f"{what} '{name}' is in none of {', '.join(places)}. Download it from {page} into the first of these folders "
-        "and refresh the node list (key R)."
+        f"{what} '{name}' is not there. Download it from {page} into {home}, then refresh the nodes (key R). "
+        f"Looked in {', '.join(places)}."
     )
 
 
