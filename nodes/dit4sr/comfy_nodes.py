@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..common import tiny
 from ..common.autoencoder import to_model, to_vae
-from ..common.captions import load_captioner
+from ..common.captions import EmbeddedCaptioner, load_captioner
 from ..common.checkpoints import require_family
 from ..common.host.conditioning import read_conditioning
 from ..common.host.files import find_model, fingerprint, list_folders, list_models
@@ -198,7 +198,8 @@ class CaptionImage(io.ComfyNode):
                                "transformers, in models/fourfold or models/LLM."),
                 io.Boolean.Input("drop_focus_words", default=True,
                                  tooltip="Leave out sentences about blur, focus, depth and the like: they describe the "
-                                 "damage, and the network would paint it. Embedded captions stay whole."),
+                                 "damage, and the network would paint it. The embedded captioner then says "
+                                 "'rich texture, crisp' whatever it measures."),
                 io.String.Input("suffix", default=POSITIVE, multiline=True,
                                 tooltip="Added to every caption. The default is DiT4SR's; empty for tiny models."),
             ],
@@ -209,7 +210,7 @@ class CaptionImage(io.ComfyNode):
     def execute(cls, image, captioner, drop_focus_words, suffix) -> io.NodeOutput:
         pixels = from_comfy(image)[:, :3]
         if captioner == EMBEDDED:
-            captions = load_captioner(EMBEDDED)(pixels)
+            captions = EmbeddedCaptioner(as_good=drop_focus_words)(pixels)
         else:
             folder = find_model(captioner, CAPTIONERS, "the captioner", "its page")
             describe = load_captioner(folder, dtype=pick_dtype("default"))

@@ -127,7 +127,7 @@ class System:
     ) -> System:
         """A system that samples as the preset says; captioner None = the embedded one."""
         prompts = preset.added_prompt, preset.negative_prompt
-        return cls(transformer, autoencoder, text, captioner or EmbeddedCaptioner(), preset.sampling, *prompts)
+        return cls(transformer, autoencoder, text, captioner or EmbeddedCaptioner(as_good=True), preset.sampling, *prompts)
 
     @property
     def device(self) -> torch.device:

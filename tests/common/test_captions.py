@@ -121,3 +121,11 @@ def test_wrong_input_is_refused():
         caption(torch.zeros(1, 4, 8, 8))
     with pytest.raises(ValueError, match="holds NaN"):
         caption(torch.full((1, 3, 8, 8), float("nan")))
+
+
+def test_a_poor_picture_can_be_described_as_the_good_one_it_should_be():
+    grey = torch.full((1, 3, 32, 32), 0.5)
+    assert "flat, blurred" in EmbeddedCaptioner()(grey)[0]
+    wished = EmbeddedCaptioner(as_good=True)(grey)[0]
+    assert "rich texture, crisp" in wished
+    assert wished.startswith(EmbeddedCaptioner()(grey)[0].split(", flat")[0])
