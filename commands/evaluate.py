@@ -107,11 +107,14 @@ def _write(out: Path, scores: str, summary: dict, shown: list[dict]) -> None:
 
 def format_table(means: Mapping[str, Mapping[str, float]], metrics: Mapping[str, "Metric"]) -> str:
     """Means as text: a line a method, an arrow for the better direction, a dash where a measure does not apply."""
-    header = ["method", *(f"{m.measure.label} {'↓' if m.measure.lower_better else '↑'}" for m in metrics.values()), "s"]
+    columns = {f"{metric.measure.label} {'↓' if metric.measure.lower_better else '↑'}": (name, metric.measure.decimals)
+               for name, metric in metrics.items()}
+    if any("seconds" in scores for scores in means.values()):
+        columns["s"] = ("seconds", 2)
+    header = ["method", *columns]
     lines = [header]
     for method, scores in means.items():
-        cells = [_number(scores.get(name), metric.measure.decimals) for name, metric in metrics.items()]
-        lines.append([method, *cells, _number(scores.get("seconds"), 2)])
+        lines.append([method, *(_number(scores.get(name), decimals) for name, decimals in columns.values())])
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
                                for i, (cell, width) in enumerate(zip(line, widths, strict=True))) for line in lines)

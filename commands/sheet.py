@@ -20,24 +20,26 @@ def write_sheet(path: Path, rows: Sequence[Mapping[str, Tensor]], cell: int = 25
 
     Args:
         rows: for each photograph: label -> picture (1, C, H, W) in 0..1. The first row gives the columns.
-        cell: side of a cell, px; pictures are shrunk or enlarged to fit, keeping their proportions.
+        cell: width of a column, px, and the most that a row is high; pictures are fitted in, keeping their proportions.
     Raises: ValueError if there is nothing to show.
     """
     if not rows:
         raise ValueError("a sheet needs at least one row of pictures.")
     labels = list(rows[0])
-    head = LABEL_SIZE + 2 * MARGIN
-    size = (MARGIN + len(labels) * (cell + MARGIN), head + len(rows) * (cell + MARGIN))
-    sheet = Image.new("RGB", size, BACKGROUND)
+    panels = [{label: _fit(row[label], cell) for label in labels if label in row} for row in rows]
+    heights = [max(panel.height for panel in row.values()) for row in panels]
+    top = LABEL_SIZE + 2 * MARGIN
+    width, height = MARGIN + len(labels) * (cell + MARGIN), top + sum(heights) + len(rows) * MARGIN
+    sheet = Image.new("RGB", (width, height), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(LABEL_SIZE)
     for column, label in enumerate(labels):
         draw.text((MARGIN + column * (cell + MARGIN), MARGIN - 2), label, fill=INK, font=font)
-    for line, row in enumerate(rows):
+    for row, height in zip(panels, heights, strict=True):
         for column, label in enumerate(labels):
             if label in row:
-                picture = _fit(row[label], cell)
-                sheet.paste(picture, (MARGIN + column * (cell + MARGIN), head + line * (cell + MARGIN)))
+                sheet.paste(row[label], (MARGIN + column * (cell + MARGIN), top))
+        top += height + MARGIN
     kind = "JPEG" if path.suffix.lower() in (".jpg", ".jpeg") else "PNG"
     with atomic_path(path) as temporary:
         sheet.save(temporary, kind, quality=90)

@@ -12,6 +12,7 @@ from fourfold import cli
 from fourfold.commands import demo, engines, methods
 from fourfold.commands.options import METHODS, sampling_settings
 from fourfold.commands.restore import plan
+from fourfold.commands.sheet import MARGIN, write_sheet
 from fourfold.nodes import restoration
 from fourfold.nodes.common.image_files import read_image, write_image
 from PIL import Image
@@ -207,3 +208,16 @@ def test_a_workflow_is_filled_with_picture_and_seed():
     assert filled["2"]["inputs"] == {"seed": 5, "latent": ["1", 0]}
     assert filled["3"]["inputs"]["seed"] == ["2", 0]  # a link stays a link
     assert graph["1"]["inputs"] == {"photo": "cat"}
+
+
+def test_a_sheet_has_a_column_a_label_and_rows_as_high_as_their_pictures(tmp_path):
+    wide, square = torch.zeros(1, 3, 10, 40), torch.ones(1, 1, 8, 8)
+    write_sheet(tmp_path / "sheet.png", [{"a": wide, "b": wide}, {"b": square}], cell=40)
+    sheet = read_image(tmp_path / "sheet.png")
+    top = sheet.shape[-2] - 10 - 40 - 2 * MARGIN
+    assert sheet.shape[-1] == 3 * MARGIN + 2 * 40
+    assert sheet[..., top:top + 10, MARGIN:MARGIN + 40].max() == 0
+    assert sheet[..., top + 10, :].min() == 1  # the gap
+    assert sheet[..., top + 10 + MARGIN:, :MARGIN + 40].min() == 1  # no picture for this label
+    with pytest.raises(ValueError, match="at least one row"):
+        write_sheet(tmp_path / "sheet.png", [])
