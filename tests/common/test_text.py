@@ -1,71 +1,23 @@
-"""SD3's three text encoders against diffusers, with tiny random networks and tokenizers made here."""
+"""SD3's three text encoders against diffusers, with tiny random networks and tokenizers."""
 
-import io
-import json
 import logging
 import shutil
 
 import pytest
-import sentencepiece
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from fourfold.nodes.common.errors import MismatchedKeysError
 from fourfold.nodes.common.text import SD3TextEncoder, TextEmbedding
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-SENTENCE = "a photograph of an old stone bridge over the quiet river in autumn with red leaves and grey sky"
 PROMPTS = ["a stone bridge over the river", "", "grey sky, red leaves"]
 T5_WIDTH = 64
 
 
-def write_clip_tokenizer(folder, pad: str) -> int:
-    """A byte-level BPE of single letters and a few merges, as CLIP's tokenizer files are laid out. Returns its size."""
-    folder.mkdir()
-    merges = [("s", "t"), ("r", "i"), ("o", "n"), ("st", "on"), ("t", "h"), ("th", "e</w>"), ("e", "d</w>")]
-    letters = [chr(code) for code in range(33, 127)]
-    vocab = ["!", *(c for c in letters if c != "!"), *(c + "</w>" for c in letters), *("".join(m) for m in merges)]
-    vocab += ["<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocab)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n")
-    (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": pad, "bos_token": "<|startoftext|>",
-        "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}))
-    return len(vocab)
-
-
-def write_t5_tokenizer(folder) -> None:
-    folder.mkdir()
-    model = io.BytesIO()
-    words = SENTENCE.split()
-    sentences = iter([" ".join(words[i:] + words[:i]) for i in range(len(words))])
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=sentences, model_writer=model, vocab_size=60, model_type="unigram", pad_id=0, eos_id=1,
-        unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2)
-    (folder / "spiece.model").write_bytes(model.getvalue())
-    (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "T5Tokenizer", "model_max_length": 512, "extra_ids": 4, "pad_token": "<pad>",
-        "eos_token": "</s>", "unk_token": "<unk>"}))
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(small_text_encoders):
     """A diffusers folder of SD3 at tiny size: random text encoders, their tokenizers, the transformer's config."""
-    root = tmp_path_factory.mktemp("sd3")
-    torch.manual_seed(0)
-    for suffix, width, projection, pad in (("", 16, 12, "<|endoftext|>"), ("_2", 24, 20, "!")):
-        size = write_clip_tokenizer(root / f"tokenizer{suffix}", pad)
-        config = CLIPTextConfig(
-            vocab_size=size, hidden_size=width, intermediate_size=32, projection_dim=projection, num_hidden_layers=3,
-            num_attention_heads=4, bos_token_id=size - 2, eos_token_id=size - 1,
-            hidden_act="gelu" if suffix else "quick_gelu")
-        CLIPTextModelWithProjection(config).save_pretrained(root / f"text_encoder{suffix}")
-    write_t5_tokenizer(root / "tokenizer_3")
-    T5EncoderModel(T5Config(vocab_size=80, d_model=T5_WIDTH, d_kv=16, d_ff=32, num_layers=2, num_heads=4,
-                            feed_forward_proj="gated-gelu")).save_pretrained(root / "text_encoder_3")
-    (root / "transformer").mkdir()
-    (root / "transformer" / "config.json").write_text(json.dumps({"joint_attention_dim": T5_WIDTH}))
-    return root
+    return small_text_encoders.folder
 
 
 def reference(encoder: SD3TextEncoder, prompts, t5_length):
