@@ -109,14 +109,15 @@ def open_engine(method: str, options: argparse.Namespace, stack: contextlib.Exit
         return InProcess(method, options)
     try:
         server = ComfyServer(options.comfyui or find_comfyui())
-        print(f"{method}: starting ComfyUI at {server.comfyui}")
-        return InComfyUI(method, stack.enter_context(server))
+        print(f"{method}: in ComfyUI, starting the one at {server.comfyui}")
+        stack.enter_context(server)
     except (FileNotFoundError, ServerError) as error:
         if options.comfyui:
             raise
         log.info("%s", error)
         print(f"{method}: in this process, because: {str(error).splitlines()[0]}")
         return InProcess(method, options)
+    return InComfyUI(method, server)
 
 
 def _looked_up(method: str, pictures: dict[str, dict], pairs: "list[Pair]") -> "Restorer":

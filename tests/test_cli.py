@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fourfold
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from fourfold.nodes import restoration
 from fourfold.nodes.common.image_files import read_image, write_image
 from PIL import Image
 
-SUITE = Path(__file__).resolve().parents[1]
+METHOD = methods.Method
 
 
 class Enlarger:
@@ -221,3 +222,14 @@ def test_a_sheet_has_a_column_a_label_and_rows_as_high_as_their_pictures(tmp_pat
     assert sheet[..., top + 10 + MARGIN:, :MARGIN + 40].min() == 1  # no picture for this label
     with pytest.raises(ValueError, match="at least one row"):
         write_sheet(tmp_path / "sheet.png", [])
+
+
+def test_the_tiny_weights_from_the_command_line_are_those_of_the_python_api(tmp_path, monkeypatch):
+    monkeypatch.setattr(methods, "Method", METHOD)
+    source = picture(tmp_path / "lr.png", width=20, height=16)
+    assert cli.main(["restore", str(source), "--out", str(tmp_path / "out"), "--seed", "3", "--device", "cpu",
+                     "--steps", "1"]) == 0
+    expected = fourfold.restore(read_image(source), seed=3, steps=1, device="cpu")
+    restored = read_image(tmp_path / "out" / "lr.png")
+    assert restored.shape == (1, 3, 64, 80)
+    assert (restored - expected).abs().max() <= 0.51 / 255
