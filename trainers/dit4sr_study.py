@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..nodes.common.autoencoder import to_model
+from ..nodes.common.autoencoder import to_model, to_vae
 from ..nodes.common.images import resize, write_image
 from ..nodes.common.text import TextEmbedding
 from ..nodes.common.tiny import FILES
 from ..nodes.common.tiny_text import TinyTextEncoder
 from ..nodes.dit4sr.config import PRESETS
-from ..nodes.dit4sr.losses import add_noise, flow_matching_loss, logit_normal_sigma
+from ..nodes.dit4sr.losses import add_noise, edge_loss, flow_matching_loss, logit_normal_sigma
 from ..nodes.dit4sr.model import TIMESTEPS, DiT4SRTransformer
 from ..nodes.dit4sr.prompts import positive_prompt
 from ..nodes.dit4sr.restore import System, restore
@@ -68,10 +68,21 @@ class DiT4SRStudy(nn.Module):
         null = torch.rand(len(z), generator=generator) < config.null_prompt
         sigma = sigma.to(z.device)
         text = self.prompts(batch, null)
+        x_t = add_noise(z, noise, sigma)
         velocity = self.transformer(
-            add_noise(z, noise, sigma), z_lr, sigma * TIMESTEPS, text.prompt_embeds, text.pooled, injection_scale=1.0
+            x_t, z_lr, sigma * TIMESTEPS, text.prompt_embeds, text.pooled, injection_scale=1.0
         )
-        return flow_matching_loss(velocity, z, noise, sigma, config.loss_weight, config.l1)
+        loss = flow_matching_loss(velocity, z, noise, sigma, config.loss_weight, config.l1)
+        if config.edge:
+            restored = x_t - sigma[:, None, None, None] * velocity
+            loss = loss + config.edge * edge_loss(self.pixels(restored), self.pixels(z))
+        return loss
+
+    def pixels(self, z: Tensor) -> Tensor:
+        """The pictures that scaled latents stand for, in float32; the tiny codec lets gradients through."""
+        network = self.transformer.config
+        with torch.autocast(z.device.type, enabled=False):
+            return self.autoencoder.decode(to_vae(z.float(), network.latent_shift, network.latent_scale))
 
     @torch.no_grad()
     def latents(self, hr: Tensor, lr: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,6 +63,7 @@ class DiT4SRTraining(FitConfig):
     sigma_shift: float = option(3.0, "shift of the schedule it is looked up in (published 3)")
     loss_weight: Literal["none", "sigma2"] = option("sigma2", "weight of the velocity loss (published sigma2)")
     l1: float = option(0.0, "share of the absolute error in the loss (not in the paper)")
+    edge: float = option(0.0, "share of the error of the decoded picture's edges (not in the paper; tiny preset only)")
 
     lr_integration: bool = option(True, "False = case A of table 3: the LR stream attends only to itself")
     lr_residual: bool = option(True, "False = case B: no LR residual")
@@ -73,6 +74,11 @@ class DiT4SRTraining(FitConfig):
     learning_rate: float = option(5e-5, "peak learning rate of AdamW (paper 5e-5)")
     max_steps: int = option(150_000, "optimizer steps")
     export_dtype: Literal["float32", "bfloat16", "float16"] = option("bfloat16", "precision of the exported weights")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.edge and self.preset == "full":
+            raise ValueError(f"--edge is {self.edge}, but only the tiny codec lets gradients through; leave it at 0.")
 
     @property
     def ablations(self) -> Ablations:
@@ -96,6 +102,7 @@ TINY = {  # what the tiny family's training changes
     "sigma_std": 1.6,
     "sigma_shift": 1.5,
     "l1": 0.3,
+    "edge": 2.0,
     "beta2": 0.99,
     "export_dtype": "float16",
 }
