@@ -1,5 +1,6 @@
 """DiT4SR nodes: widgets and tensor layout only; the method is in restore.py."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ from comfy_api.latest import io
 from ..common import tiny
 from ..common.autoencoder import to_model, to_vae
 from ..common.captions import EmbeddedCaptioner, load_captioner
-from ..common.checkpoints import require_family
+from ..common.checkpoints import read_header, require_family
 from ..common.host.conditioning import read_conditioning
 from ..common.host.files import find_model, fingerprint, list_folders, list_models
 from ..common.host.models import DTYPES, HostedModel, host, on_device, pick_dtype, require_method
@@ -42,8 +43,9 @@ def find_transformer(name: str) -> Path:
 
 def load_model(path: Path, variant: str = "auto", dtype: str = "default") -> HostedModel:
     """A transformer under ComfyUI's memory management (also what Tiny Models calls)."""
-    network = DiT4SRTransformer.from_pretrained(path, variant=None if variant == "auto" else variant)
-    network = network.to(pick_dtype(dtype, sum(p.numel() for p in network.parameters())))
+    parameters = sum(math.prod(shape) for _, shape in read_header(path).tensors.values())
+    network = DiT4SRTransformer.from_pretrained(
+        path, variant=None if variant == "auto" else variant, dtype=pick_dtype(dtype, parameters))
     return host(network, "dit4sr", _preview(network))
 
 

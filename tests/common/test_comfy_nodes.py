@@ -51,7 +51,7 @@ def test_texts_hold_nothing_that_the_editor_would_interpret(language):
     assert not [s for s in strings if set(s) & set("@|{}$")]  # links, plurals and placeholders of vue-i18n
 
 
-# registry and version
+# registry
 
 
 def test_a_part_that_cannot_be_imported_hides_no_other(nodes, monkeypatch, caplog):
@@ -72,31 +72,6 @@ def test_the_entrypoint_gives_all_nodes(nodes, model_folder, monkeypatch):
     assert {node.define_schema().node_id for node in asyncio.run(extension.get_node_list())} == set(nodes)
     paths, extensions = folder_paths.folder_names_and_paths["fourfold"]
     assert any(Path(path).name == "checkpoints" for path in paths) and ".safetensors" in extensions
-
-
-@pytest.fixture
-def version(request, monkeypatch) -> str:
-    """The version of the ComfyUI that seems to run."""
-    monkeypatch.setitem(sys.modules, "folder_paths", types.ModuleType("folder_paths"))
-    monkeypatch.setitem(sys.modules, "comfyui_version", types.SimpleNamespace(__version__=request.param))
-    return request.param
-
-
-@pytest.mark.parametrize("version", ["0.3.64", "0.8.0", "1.0", "0.0.0"], indirect=True)  # 0.0.0: it does not tell
-def test_a_recent_comfyui_will_do(version):
-    from fourfold.nodes.common.host.version import complaint
-
-    assert complaint() is None
-
-
-@pytest.mark.parametrize("version", ["0.3.63", "0.2.9", ""], indirect=True)
-def test_an_old_comfyui_is_told_so_in_one_sentence(version):
-    import fourfold
-    from fourfold.nodes.common.host.version import complaint
-
-    assert complaint().startswith("Fourfold needs ComfyUI 0.3.64 or newer") and "\n" not in complaint()
-    with pytest.raises(RuntimeError, match=r"needs ComfyUI 0\.3\.64"):
-        asyncio.run(fourfold.comfy_entrypoint())
 
 
 # LR Prepare, Color Fix

@@ -176,9 +176,9 @@ def test_each_picture_gets_its_caption(nodes):
 
     images = torch.rand(3, 16, 16, 4) * torch.tensor([0.1, 0.5, 1.0])[:, None, None, None]
     prompts = nodes["FourfoldCaptionImage"].execute(images, "embedded", True, f" {POSITIVE}\n").args[0]
-    captions = EmbeddedCaptioner()(images[..., :3].movedim(-1, 1))
-    assert prompts == [f"{caption} {POSITIVE}" for caption in captions] and len(set(prompts)) > 1
-    assert nodes["FourfoldCaptionImage"].execute(images, "embedded", True, "").args[0] == captions
+    wished, measured = (EmbeddedCaptioner(as_good)(images[..., :3].movedim(-1, 1)) for as_good in (True, False))
+    assert prompts == [f"{caption} {POSITIVE}" for caption in wished] and len(set(prompts)) > 1
+    assert nodes["FourfoldCaptionImage"].execute(images, "embedded", False, "").args[0] == measured != wished
 
 
 def test_a_captioner_of_transformers_speaks_without_the_words_of_damage(nodes, model_folder, monkeypatch):
