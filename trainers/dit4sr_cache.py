@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..nodes.common.checkpoints import atomic_path
 from ..nodes.common.text import TextEmbedding
@@ -26,6 +26,7 @@ from .order import to_device
 
 log = logging.getLogger(__name__)
 Encode = Callable[[dict[str, Any]], dict[str, Tensor]]
+SHARD_ITEMS = 256  # crops a file; an interruption loses at most so many
 _SETTINGS = "settings.json"
 
 
@@ -46,7 +47,7 @@ def open_cache(folder: str | Path, settings: dict[str, str]) -> TensorCache:
                              "the settings it was made with, choose another folder, or delete this one.")
         with atomic_path(folder / identity / _SETTINGS) as temporary:
             temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-    return TensorCache(folder, identity)
+    return TensorCache(folder, identity, SHARD_ITEMS)
 
 
 def fill_crops(cache: TensorCache, photographs: Any, crops: int, encode: Encode, state: PartialState, *,
@@ -71,7 +72,7 @@ def fill_crops(cache: TensorCache, photographs: Any, crops: int, encode: Encode,
     return CachedItems(cache, keys)
 
 
-class StoredPrompts:
+class StoredPrompts(nn.Module):
     """Takes the place of the text encoders for prompts that are known beforehand.
 
     Args:
@@ -82,6 +83,7 @@ class StoredPrompts:
 
     def __init__(self, cache: TensorCache, prompts: Iterable[tuple[str, int]], load_encoders: Callable[[], Any],
                  state: PartialState):
+        super().__init__()
         self._cache, wanted = cache, dict.fromkeys(prompts)
         missing = [prompt for prompt in wanted if _key(*prompt) not in cache]
         if missing and state.is_main_process:

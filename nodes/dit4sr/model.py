@@ -198,7 +198,8 @@ class DiT4SRTransformer(nn.Module):
             dtype: of the weights; None = float32.
         Raises: as `from_pretrained`, with everything but the added layers matched strictly.
         """
-        folder, dtype = find_network(folder), dtype or torch.float32
+        folder = find_network(folder, "the transformer of Stable Diffusion 3.5 medium", BASE_PAGE)
+        dtype = dtype or torch.float32
         header = checkpoints.read_header(folder)
         checkpoints.require_family(header, BASES, folder, f"The training starts from the folder of {BASE_PAGE}.")
         with torch.device("meta"):
@@ -233,14 +234,14 @@ class DiT4SRTransformer(nn.Module):
             temporary.write_text(json.dumps(self.config.to_json(), indent=2) + "\n")
 
 
-def find_network(path: str | Path) -> Path:
+def find_network(path: str | Path, what: str = "the DiT4SR transformer", page: str = PAGE) -> Path:
     """The file or folder of the network itself: of a pipeline's folder its `transformer`.
 
     Raises: FileNotFoundError if nothing is there.
     """
     path = Path(path).expanduser()
     inner = path / "transformer"
-    return inner if inner.is_dir() else checkpoints.require_file(path, "the DiT4SR transformer", str(path.parent), PAGE)
+    return inner if inner.is_dir() else checkpoints.require_file(path, what, str(path.parent), page)
 
 
 def read_config(path: Path, variant: Variant | None = None, header: checkpoints.Header | None = None) -> DiT4SRConfig:

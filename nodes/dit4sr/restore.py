@@ -127,7 +127,8 @@ class System:
     ) -> System:
         """A system that samples as the preset says; captioner None = the embedded one."""
         prompts = preset.added_prompt, preset.negative_prompt
-        return cls(transformer, autoencoder, text, captioner or EmbeddedCaptioner(as_good=True), preset.sampling, *prompts)
+        captioner = captioner or EmbeddedCaptioner(as_good=True)
+        return cls(transformer, autoencoder, text, captioner, preset.sampling, *prompts)
 
     @property
     def device(self) -> torch.device:
