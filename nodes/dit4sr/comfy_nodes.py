@@ -104,7 +104,7 @@ class MMDiTControlSampler(io.ComfyNode):
             display_name="MM-DiT-Control Sampler",
             category=CATEGORY,
             description="Restores a picture with DiT4SR: denoises beside the latent of the low-resolution picture, in "
-            "windows where it is large. The defaults are the paper's; a tiny model wants the values in brackets.",
+            "windows where it is large. The defaults are the paper's; tiny models want others: see Tiny Models.",
             inputs=[
                 DiT4SRModel.Input("model", tooltip="From DiT4SR Loader or Tiny Models."),
                 io.Conditioning.Input("positive", tooltip="What is in the picture, and words of quality."),
@@ -112,22 +112,21 @@ class MMDiTControlSampler(io.ComfyNode):
                 io.Latent.Input("lr_latent", tooltip="VAE Encode of the picture from LR Prepare."),
                 io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True,
                              tooltip="Same seed, same picture; picture b of a batch takes seed + b."),
-                io.Int.Input("steps", default=40, min=1, max=200, tooltip="Denoising steps [tiny: 8]."),
+                io.Int.Input("steps", default=40, min=1, max=200, tooltip="Denoising steps."),
                 io.Float.Input("guidance", default=8.0, min=1.0, max=30.0, step=0.1,
-                               tooltip="How strongly prompts steer; 1 = only the positive, half the time [tiny: 1]."),
+                               tooltip="How strongly prompts steer; 1 = only the positive, half the time."),
                 io.Float.Input("start_sigma", default=1.0, min=0.01, max=1.0, step=0.01,
                                tooltip="1 = from pure noise. Below 1 = from the input with this much noise: closer to "
-                               "it, fewer invented details [tiny: 0.4]."),
+                               "it, fewer invented details."),
                 io.Float.Input("injection_scale", default=1.2, min=0.0, max=4.0, step=0.05,
-                               tooltip="Weight of the low-resolution picture between the MLPs; higher = closer to it "
-                               "[tiny: 1]."),
+                               tooltip="Weight of the low-resolution picture between the MLPs; higher = closer to it."),
                 io.Int.Input("tile", default=64, min=8, max=512, step=2,
-                             tooltip="Side of a window in latent pixels (8 image pixels each); an even number "
-                             "[tiny: 32, of 4 image pixels]."),
+                             tooltip="Side of a window in latent pixels (8 image pixels each; 4 with tiny models); "
+                             "an even number."),
                 io.Int.Input("overlap", default=24, min=0, max=256,
-                             tooltip="Of neighbouring windows, in latent pixels; less than the tile [tiny: 8]."),
+                             tooltip="Of neighbouring windows, in latent pixels; less than the tile."),
                 io.Int.Input("tile_batch", default=4, min=1, max=64,
-                             tooltip="Windows per network call; halved by itself when memory runs out [tiny: 8]."),
+                             tooltip="Windows per network call; halved by itself when memory runs out."),
             ],
             outputs=[io.Latent.Output("latent", display_name="latent", tooltip="The result, for VAE Decode.")])
 

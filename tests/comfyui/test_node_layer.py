@@ -10,14 +10,18 @@ from fourfold.headless.server import SUITE, find_comfyui, find_python
 
 TESTS = ("tests/common/test_comfy_nodes.py", "tests/common/test_host.py", "tests/dit4sr/test_comfy_nodes.py")
 PROGRAM = """
+import importlib.util
 import sys
-comfyui, packages, *arguments = sys.argv[1:]
+suite, comfyui, packages, *arguments = sys.argv[1:]
 sys.path.insert(0, comfyui)
 sys.path.append(packages)  # pytest, where this ComfyUI has none of its own; all else is its own
 sys.argv = ["main.py", "--cpu"]
 import comfy.options
 comfy.options.enable_args_parsing()
 import comfy.model_management
+spec = importlib.util.spec_from_file_location("fourfold", f"{suite}/__init__.py", submodule_search_locations=[suite])
+sys.modules["fourfold"] = importlib.util.module_from_spec(spec)  # as the alias of pyproject.toml, installed or not
+spec.loader.exec_module(sys.modules["fourfold"])
 import pytest
 raise SystemExit(pytest.main(arguments))
 """
@@ -32,7 +36,7 @@ def test_the_nodes_inside_comfyui(tmp_path):
     packages = Path(_pytest.__file__).parents[1]
     options = ["-q", "-p", "no:cacheprovider", "--import-mode=importlib", f"--basetemp={tmp_path / 'inside'}"]
     done = subprocess.run(
-        [python, "-c", PROGRAM, comfyui, packages, *options, *TESTS], cwd=SUITE, text=True, capture_output=True,
+        [python, "-c", PROGRAM, SUITE, comfyui, packages, *options, *TESTS], cwd=SUITE, text=True, capture_output=True,
         env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "HF_HUB_OFFLINE": "1"}, timeout=900, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert "skipped" not in done.stdout.splitlines()[-1]

@@ -1,7 +1,9 @@
 """DiT4SR's nodes: what is found when a workflow is queued, and that they do what restore.py does."""
 
+import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -200,6 +202,16 @@ def test_a_captioner_of_transformers_speaks_without_the_words_of_damage(nodes, m
     assert node.execute(torch.rand(2, 8, 8, 3), "blip", True, "Sharp.").args[0] == ["A cat. Sharp."] * 2
     assert node.execute(torch.rand(1, 8, 8, 3), "blip", False, "").args[0] == ["A cat. The background is blurry."]
     assert asked == [model_folder / "blip"] * 2
+
+
+def test_the_help_names_the_values_that_the_tiny_model_wants():
+    page = (Path(__file__).parents[2] / "web" / "docs" / "FourfoldTinyModels.md").read_text(encoding="utf-8")
+    table = dict(re.findall(r"^\| (?:.*: )?(\w+) \| (\S+) \|$", page, re.MULTILINE))
+    sampling = PRESETS["tiny"].sampling
+    wanted = {name: str(getattr(sampling, name)) for name in ("steps", "guidance", "start_sigma", "tile", "overlap",
+                                                              "tile_batch", "multiple", "min_short_side")}
+    wanted |= {"injection_scale": str(PRESETS["tiny"].network.injection_scale), "method": sampling.color_fix}
+    assert {name: table[name] for name in wanted} == wanted
 
 
 # the whole way
