@@ -153,7 +153,7 @@ class MMDiTControlSampler(io.ComfyNode):
         latents = sides.numel() if max(sides) <= tile else tile_batch * min(tile, *sides) ** 2
         with on_device(model, _working_memory(model, latents * len(z_lr) * (1 if guidance == 1 else 2))) as network:
             z = sample(
-                network, z_lr, cpu_noise(seed, z_lr.shape), *texts, steps=steps, guidance=guidance,
+                network, z_lr.to(network.device), cpu_noise(seed, z_lr.shape), *texts, steps=steps, guidance=guidance,
                 start_sigma=start_sigma, shift=_shift(config), injection_scale=injection_scale, tile=tile,
                 overlap=overlap, tile_batch=tile_batch, on_step=report.on_step, on_window=report.on_window)
         return io.NodeOutput({"samples": to_vae(z.cpu(), config.latent_shift, config.latent_scale)})
