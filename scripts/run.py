@@ -56,8 +56,10 @@ def set_up(extra: str) -> None:
         say(f"making {ENVIRONMENT}")
         venv.create(ENVIRONMENT, with_pip=True)
     say(f"installing the suite with its extra '{extra}'; the first time this takes some minutes")
-    call([python(), "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check", *torch_index(),
-          "--editable", f"{ROOT}[{extra}]"])
+    code = run("-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check", *torch_index(),
+               "--editable", f"{ROOT}[{extra}]")
+    if code:
+        sys.exit(code)
     mark.write_text(wanted)
 
 
@@ -65,11 +67,9 @@ def say(text: str) -> None:
     print(f"[{Path(__file__).name}] {text}", flush=True)
 
 
-def call(command: list) -> None:
-    """Runs a command in the suite's folder; ends this program with its exit code if it fails."""
-    done = subprocess.run([str(part) for part in command], cwd=ROOT, check=False)
-    if done.returncode:
-        sys.exit(done.returncode)
+def run(*command) -> int:
+    """Runs the environment's Python in the suite's folder; returns the exit code."""
+    return subprocess.run([str(part) for part in (python(), *command)], cwd=ROOT, check=False).returncode
 
 
 def main(arguments: list[str]) -> None:
@@ -80,10 +80,9 @@ def main(arguments: list[str]) -> None:
     task, rest = arguments[0], arguments[1:]
     set_up(EXTRAS[task])
     if task == "demo":
-        call([python(), "-m", "fourfold.cli", "demo", *rest])
-    else:
-        call([python(), "-m", "ruff", "check", "."])
-        call([python(), "-m", "pytest", "-q", *(rest or ["-m", "not slow"])])
+        sys.exit(run("-m", "fourfold.cli", "demo", *rest))
+    lint = run("-m", "ruff", "check", ".")
+    sys.exit(run("-m", "pytest", "-q", *(rest or ["-m", "not slow"])) or lint)
 
 
 if __name__ == "__main__":
