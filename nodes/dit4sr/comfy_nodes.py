@@ -16,7 +16,6 @@ from ..common.host.models import DTYPES, HostedModel, host, on_device, pick_dtyp
 from ..common.host.progress import Report
 from ..common.images import from_comfy
 from ..common.sampling import cpu_noise
-from .config import PRESETS, DiT4SRConfig
 from .model import DiT4SRTransformer
 from .prompts import POSITIVE, clean_caption
 from .restore import sample
@@ -154,14 +153,9 @@ class MMDiTControlSampler(io.ComfyNode):
         with on_device(model, _working_memory(model, latents * len(z_lr) * (1 if guidance == 1 else 2))) as network:
             z = sample(
                 network, z_lr.to(network.device), cpu_noise(seed, z_lr.shape), *texts, steps=steps, guidance=guidance,
-                start_sigma=start_sigma, shift=_shift(config), injection_scale=injection_scale, tile=tile,
+                start_sigma=start_sigma, injection_scale=injection_scale, tile=tile,
                 overlap=overlap, tile_batch=tile_batch, on_step=report.on_step, on_window=report.on_window)
         return io.NodeOutput({"samples": to_vae(z.cpu(), config.latent_shift, config.latent_scale)})
-
-
-def _shift(config: DiT4SRConfig) -> float:
-    """Of the noise levels: that of the family which the model belongs to."""
-    return PRESETS["tiny" if config.anchor == "lr" else "full"].sampling.shift
 
 
 def _working_memory(model: HostedModel, latents: int) -> float:

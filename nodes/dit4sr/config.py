@@ -48,6 +48,7 @@ class DiT4SRConfig:
     variant: Variant = "r1"  # "v1" reproduces a slip in the keys of the LR stream of the first published weights
     injection_scale: float = 1.2  # factor of the injection at inference (published code); 1.0 in training
     anchor: Anchor = "none"  # "lr": the output is a residual on the LR latent (tiny family; not in the paper)
+    shift: float = 3.0  # of the noise levels that are sampled at (FlowMatchEulerDiscreteScheduler)
     latent_shift: float = 0.0609  # z = (z_vae - shift) * scale
     latent_scale: float = 1.5305
     ablations: Ablations = field(default_factory=Ablations)
@@ -132,7 +133,7 @@ def _require(name: str, value: Any, choices: tuple[Any, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; {' or '.join(map(repr, choices))} is expected.")
 
 
-_OWN_FIELDS = ("variant", "injection_scale", "anchor", "latent_shift", "latent_scale", "ablations")
+_OWN_FIELDS = ("variant", "injection_scale", "anchor", "shift", "latent_shift", "latent_scale", "ablations")
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,6 @@ class Sampling:
     steps: int = 40
     guidance: float = 8.0  # classifier-free guidance; 1 = one evaluation a step
     start_sigma: float = 1.0  # 0..1; 1 = pure noise, below 1 = the LR latent noised to this level
-    shift: float = 3.0  # of FlowMatchEulerDiscreteScheduler
     tile: int = 64  # latents, side of a window
     overlap: int = 24  # latents, of neighbouring windows
     tile_batch: int = 4  # windows per network call
@@ -174,14 +174,14 @@ PRESETS: dict[str, Preset] = {
             dual_attention_layers=(0,),
             injection_scale=1.0,
             anchor="lr",
+            shift=1.0,
             latent_shift=0.0,
             latent_scale=1.0,
         ),
         Sampling(
-            steps=3,
+            steps=2,
             guidance=1.0,
             start_sigma=1.0,
-            shift=1.0,
             tile=32,
             overlap=8,
             tile_batch=8,

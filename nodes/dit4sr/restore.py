@@ -44,7 +44,7 @@ def sample(
     steps: int = 40,
     guidance: float = 8.0,
     start_sigma: float = 1.0,
-    shift: float = 3.0,
+    shift: float | None = None,
     injection_scale: float | None = None,
     tile: int = 64,
     overlap: int = 24,
@@ -65,7 +65,7 @@ def sample(
         steps: network evaluations (paper 40).
         guidance: classifier-free guidance (paper 8).
         start_sigma: in (0, 1]; 1 = pure noise as published; below, the start keeps that much of the LR latent.
-        shift: of the noise levels (published 3).
+        shift: of the noise levels; None = the model's (published 3).
         injection_scale: factor of the LR injection; None = the model's.
         tile, overlap: latents; larger pictures are denoised in windows (published 64 and 24).
         tile_batch: windows per network call.
@@ -90,7 +90,7 @@ def sample(
     fits = max(height, width) <= tile
     plan = whole(height, width) if fits else plan_tiles(height, width, tile, overlap)
     denoise = tiled(guided(predict, positive, negative, guidance), plan, tile_batch, on_window)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=model.config.shift if shift is None else shift)
     timesteps = flow_timesteps(scheduler, steps, start_sigma)
     start = (1 - start_sigma) * z_lr + start_sigma * noise
     return run_scheduler(denoise, start, scheduler, timesteps, on_step)
@@ -237,7 +237,6 @@ def restore(
         steps=chosen.steps,
         guidance=chosen.guidance,
         start_sigma=chosen.start_sigma,
-        shift=chosen.shift,
         tile=chosen.tile,
         overlap=chosen.overlap,
         tile_batch=chosen.tile_batch,
