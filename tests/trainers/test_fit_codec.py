@@ -1,12 +1,16 @@
 """Solving the codec: principal components and least squares, checked by what they promise."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from fourfold.nodes.common.checkpoints import read_header
 from fourfold.nodes.common.codec import CodecConfig, LinearCodec
-from fourfold.nodes.common.images import write_image
+from fourfold.nodes.common.images import read_image, write_image
 from fourfold.trainers.fit_codec import Pictures, fit_codec, main
 from torch.nn.functional import avg_pool2d, pixel_unshuffle
+
+CLEAN = Path(__file__).parents[2] / "examples" / "clean"
 
 
 def photograph(seed, height=96, width=128):
@@ -14,9 +18,9 @@ def photograph(seed, height=96, width=128):
     draws = torch.Generator().manual_seed(seed)
     picture = torch.zeros(1, 3, height, width)
     for octave in (1, 2, 4, 8, 16):
-        noise = torch.randn(1, 3, height + 32, width + 32, generator=draws) + torch.randn(1, 1, 1, 1, generator=draws)
-        picture += octave * avg_pool2d(noise, 2 * octave - 1, 1, octave - 1)[..., :height, :width]
-    return (0.5 + 0.05 * picture).clamp(0.02, 0.98)
+        light, colour = (torch.randn(1, c, height, width, generator=draws) for c in (1, 3))
+        picture += octave * avg_pool2d(light + 0.3 * colour, 2 * octave - 1, 1, octave - 1)
+    return (0.5 + 0.07 * picture).clamp(0.02, 0.98)
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +53,12 @@ def test_error_without_neighbours_is_the_variance_that_is_left_out(pictures):
     assert mse(codec, pictures) == pytest.approx(left_out.item() / 4, rel=0.02)  # -1..1 is twice as wide as 0..1
 
 
-def test_neighbours_help_and_more_channels_help(pictures):
-    fresh = [photograph(seed) for seed in (100, 101)]
-    alone, around = (mse(fit_codec(pictures, CodecConfig(4, 6, n)), fresh) for n in (1, 3))
-    more = mse(fit_codec(pictures, CodecConfig(4, 12)), fresh)
-    assert more < around < alone
+def test_on_photographs_neighbours_help_and_more_channels_help():
+    known, unseen = ([read_image(CLEAN / f"{name}.jpg")[..., :256, :256] for name in names]
+                     for names in (("cat", "coffee", "astronaut"), ("rocket",)))
+    alone, around, more = (mse(fit_codec(known, config), unseen)
+                           for config in (CodecConfig(4, 6, 1), CodecConfig(4, 6, 3), CodecConfig(4, 12, 3)))
+    assert around < 0.97 * alone and more < 0.7 * around
 
 
 def test_all_channels_lose_nothing(pictures):
