@@ -29,7 +29,7 @@ from fourfold.nodes.common.image_files import write_image
 from fourfold.nodes.common.metrics import MEASURES, Metric, load_metrics
 
 SUITE = Path(__file__).resolve().parents[1]
-CLEAN_EXAMPLES = SUITE / "examples" / "clean"
+CLEAN_EXAMPLES = SUITE / "photographs" / "clean"
 
 
 @pytest.fixture(autouse=True)

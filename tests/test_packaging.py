@@ -66,19 +66,19 @@ def test_the_licence_is_whole():
     assert "Apache License" in licence and "END OF TERMS AND CONDITIONS" in licence
 
 
-EXAMPLES = runpy.run_path(str(SUITE / "examples" / "make_examples.py"))
+EXAMPLES = runpy.run_path(str(SUITE / "photographs" / "make_photographs.py"))
 
 
 @pytest.mark.parametrize("name", EXAMPLES["EXAMPLES"])
 def test_examples_are_what_our_degradation_makes_of_them(name):
-    clean = read_image(SUITE / "examples" / "clean" / f"{name}.jpg")
-    kept = read_image(SUITE / "examples" / "low_quality" / f"{name}.png")
+    clean = read_image(SUITE / "photographs" / "clean" / f"{name}.jpg")
+    kept = read_image(SUITE / "photographs" / "low_quality" / f"{name}.png")
     made = EXAMPLES["low_quality"](clean, EXAMPLES["EXAMPLES"][name][1])
     assert kept.shape == made.shape and kept.shape[-1] * 4 == clean.shape[-1]
     # other builds of libjpeg decode the clean photograph by a level or so differently
     assert torch.mean((kept - made).abs()) < 2 / 255
-    assert f"| `{name}` |" in (SUITE / "examples" / "README.md").read_text(encoding="utf-8")
+    assert f"| `{name}` |" in (SUITE / "photographs" / "README.md").read_text(encoding="utf-8")
 
 
 def test_examples_are_small():
-    assert sum(path.stat().st_size for path in (SUITE / "examples").rglob("*") if path.is_file()) < 2_000_000
+    assert sum(path.stat().st_size for path in (SUITE / "photographs").rglob("*") if path.is_file()) < 2_000_000

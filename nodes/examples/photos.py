@@ -1,4 +1,4 @@
-"""The photographs in the suite's folder `examples`: each once damaged and small, and once clean."""
+"""The photographs in the suite's folder `photographs`: each once damaged and small, and once clean."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..common.image_files import read_image
 
-FOLDER = Path(__file__).resolve().parents[2] / "examples"
+FOLDER = Path(__file__).resolve().parents[2] / "photographs"
 
 
 def example_names(folder: Path = FOLDER) -> list[str]:
@@ -18,7 +18,7 @@ def example_names(folder: Path = FOLDER) -> list[str]:
 def load_example(name: str, folder: Path = FOLDER) -> tuple[Tensor, Tensor]:
     """The low-quality version, (1, 3, h, w) in 0..1, and the clean one, (1, 3, 4h, 4w).
 
-    Raises: FileNotFoundError if the suite's `examples` folder lacks it.
+    Raises: FileNotFoundError if the suite's `photographs` folder lacks it.
     """
     pictures = (folder / "low_quality" / f"{name}.png", folder / "clean" / f"{name}.jpg")
     for path in pictures:

@@ -10,7 +10,7 @@ from fourfold.nodes.common.images import read_image
 from fourfold.nodes.common.tiny import load_codec
 from torch.nn.functional import interpolate
 
-CLEAN = Path(__file__).parents[2] / "examples" / "clean"
+CLEAN = Path(__file__).parents[2] / "photographs" / "clean"
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from fourfold.nodes.common.images import read_image, write_image
 from fourfold.trainers.fit_codec import Pictures, fit_codec, main
 from torch.nn.functional import avg_pool2d, pixel_unshuffle
 
-CLEAN = Path(__file__).parents[2] / "examples" / "clean"
+CLEAN = Path(__file__).parents[2] / "photographs" / "clean"
 
 
 def photograph(seed, height=96, width=128):

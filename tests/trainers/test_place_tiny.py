@@ -83,7 +83,7 @@ def test_what_does_not_belong_is_refused_before_anything_is_copied(run, tmp_path
 def test_script_rebuilds_the_family_and_goes_on_after_an_interruption(tmp_path):
     (tmp_path / "photographs").mkdir()
     for name in ("cat", "coffee"):
-        picture = resize(read_image(SUITE / "examples" / "clean" / f"{name}.jpg")[:, :3], (96, 128))
+        picture = resize(read_image(SUITE / "photographs" / "clean" / f"{name}.jpg")[:, :3], (96, 128))
         write_image(tmp_path / "photographs" / f"{name}.png", picture)
     command = [SUITE / "trainers" / "train_tiny.sh", tmp_path / "photographs", tmp_path / "out", "--crop", "32",
                "--batch_size", "2", "--num_workers", "0", "--sample_every", "0", "--max_steps"]

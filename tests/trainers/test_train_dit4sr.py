@@ -27,7 +27,7 @@ from fourfold.trainers.train_dit4sr import TINY, DiT4SRTraining, build, train, w
 from safetensors.torch import load_file
 
 PROGRAM = Path(__file__).with_name("dit4sr_training.py")
-CLEAN = Path(__file__).parents[2] / "examples" / "clean"
+CLEAN = Path(__file__).parents[2] / "photographs" / "clean"
 SPEC = importlib.util.spec_from_file_location("dit4sr_training", PROGRAM)
 program = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(program)

@@ -1,9 +1,9 @@
 """Makes the bundled photographs: clean ones from scikit-image's data folder, and their low-quality counterparts.
 
     pip install scikit-image
-    python examples/make_examples.py
+    python photographs/make_photographs.py
 
-The result is in the repository; run this only to change it. Sources and licences: examples/README.md.
+The result is in the repository; run this only to change it. Sources and licences: photographs/README.md.
 """
 
 from pathlib import Path
