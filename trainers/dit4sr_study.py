@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nodes.common.autoencoder import to_model, to_vae
+from ..nodes.common.checkpoints import DEFAULT_LICENCE
 from ..nodes.common.images import resize, write_image
 from ..nodes.common.text import TextEmbedding
 from ..nodes.common.tiny import FILES
@@ -23,6 +24,8 @@ from ..nodes.dit4sr.restore import System, restore
 if TYPE_CHECKING:
     from .train_dit4sr import DiT4SRTraining
 
+LICENCES = {  # preset -> of the exported weights, which at full size hold those of the base
+    "tiny": DEFAULT_LICENCE, "full": "Stability AI Community License (derived from Stable Diffusion 3.5 medium)"}
 INFERENCE_T5_LENGTH = 256  # tokens of the prompts of sample pictures, as the published inference takes
 _PLACES = ("output_dir", "cache", "resume")  # paths that say nothing about the weights
 
@@ -125,7 +128,8 @@ class DiT4SRStudy(nn.Module):
 
     def save(self, state: dict[str, Tensor], folder: Path, step: int) -> None:
         """Writes `transformer/` in the published format and, of a tiny network, its text encoder and codec."""
-        summary = {"step": step, "training": self.summary(), "dtype": getattr(torch, self.config.export_dtype)}
+        summary = {"step": step, "training": self.summary(), "dtype": getattr(torch, self.config.export_dtype),
+                   "licence": LICENCES[self.config.preset]}
         self.transformer.save_pretrained(folder / "transformer", _part(state, "transformer."), **summary)
         if isinstance(self.text, TinyTextEncoder):
             self.text.save(folder / FILES["text"], _part(state, "text."), **summary)

@@ -330,6 +330,7 @@ def test_full_size_trains_the_lr_stream_alone(full, sd3, precision):
     config = json.loads((result.folder / "transformer" / "config.json").read_text())
     assert config["_class_name"] == "SD3Transformer2DModel" and config["fourfold"]["variant"] == "r1"
     assert sorted(p.name for p in result.folder.iterdir()) == ["transformer"], "the published folder, nothing else"
+    assert "Stability AI" in read_header(result.folder / "transformer").metadata["fourfold.licence"]
     assert (Path(full.output_dir) / "samples" / "step-00000002-0.png").is_file()
     system = load_system(result.folder, base=sd3, device="cpu")
     sr = restore(torch.rand(1, 3, 4, 5), system, steps=1)
