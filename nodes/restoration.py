@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,13 @@ def restore(
     )
 
 
-@lru_cache(maxsize=1)
+_loaded: dict[tuple, Any] = {}  # at most one system
+
+
 def load_system(method: str, model: str, base: str | None, device: str | None) -> Any:
     """The loaded system of a method; the last one is kept, so that a loop over pictures loads it once."""
-    return import_module(f".{method}.restore", __package__).load_system(model, base=base, device=device)
+    key = (method, model, base, device)
+    if key not in _loaded:
+        _loaded.clear()  # before the next one is loaded: two full-size systems rarely fit
+        _loaded[key] = import_module(f".{method}.restore", __package__).load_system(model, base=base, device=device)
+    return _loaded[key]

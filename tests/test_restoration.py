@@ -1,6 +1,7 @@
 """`fourfold.restore`: one call for every method, with an untrained tiny family."""
 
 import shutil
+from types import SimpleNamespace
 
 import fourfold
 import pytest
@@ -30,9 +31,9 @@ def family(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def use(family, monkeypatch):
     monkeypatch.setattr(tiny, "CHECKPOINTS", family)
-    restoration.load_system.cache_clear()
+    restoration._loaded.clear()
     yield
-    restoration.load_system.cache_clear()
+    restoration._loaded.clear()
 
 
 def picture(*shape):
@@ -67,6 +68,15 @@ def test_weights_are_loaded_once(monkeypatch):
     assert len(loads) == 1
 
 
+def test_the_last_weights_leave_before_others_come(monkeypatch):
+    kept = []
+    module = SimpleNamespace(load_system=lambda *_, **__: kept.append(len(restoration._loaded)) or object())
+    monkeypatch.setattr(restoration, "import_module", lambda *_: module)
+    first = restoration.load_system("dit4sr", "a", None, None)
+    assert restoration.load_system("dit4sr", "a", None, None) is first
+    assert restoration.load_system("dit4sr", "b", None, None) is not first and kept == [0, 0]
+
+
 def test_mistakes_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no method 'esrgan'; choose one of dit4sr"):
         fourfold.restore(picture(1, 3, 8, 8), method="esrgan")
@@ -74,7 +84,7 @@ def test_mistakes_are_named(tmp_path, monkeypatch):
         fourfold.restore(picture(1, 3, 8, 8), model=tmp_path / "nowhere", device="cpu")
     with pytest.raises(ValueError, match="steps is 0"):
         fourfold.restore(picture(1, 3, 8, 8), steps=0, device="cpu")
-    restoration.load_system.cache_clear()
+    restoration._loaded.clear()
     monkeypatch.setattr(tiny, "CHECKPOINTS", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"tiny family's dit4sr checkpoint is missing.*train_tiny\.sh"):
         fourfold.restore(picture(1, 3, 8, 8), device="cpu")

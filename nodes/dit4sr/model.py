@@ -180,7 +180,8 @@ class DiT4SRTransformer(nn.Module):
         with torch.device("meta"):
             model = cls(config)
         dtype = dtype or torch.float32
-        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+        for name, value in state.items():  # one by one: the whole network is never there in two precisions
+            state[name] = value.to(dtype) if value.is_floating_point() else value
         checkpoints.load_strict(model, state, source=path)
         return model.eval().requires_grad_(False)
 
