@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoToke
 
 from .caption_cache import CaptionCache, content_key
 from .embedded_captioner import EmbeddedCaptioner, eight_bit, sentence
+from .memory import OutOfMemory, release_cached_memory
 from .pretrained import load_pretrained, require_model_folder
 
 __all__ = ["DESCRIBE", "EmbeddedCaptioner", "TransformersCaptioner", "load_captioner", "sentence"]
@@ -106,13 +107,15 @@ class TransformersCaptioner:
         keys = [content_key(picture, self.identity) for picture in pictures]
         new = {key: picture for key, picture in zip(keys, pictures, strict=True) if key not in self._cache}
         while new:
-            batch = dict(list(new.items())[:self.batch_size])
+            batch, captions = dict(list(new.items())[:self.batch_size]), None
             try:
                 captions = self._generate(list(batch.values()))
-            except torch.OutOfMemoryError:
+            except OutOfMemory:
                 if len(batch) == 1:
                     raise
+            if captions is None:
                 self.batch_size = len(batch) // 2
+                release_cached_memory()
                 log.warning("out of memory: captioning %d pictures at a time from now on.", self.batch_size)
                 continue
             self._cache.update(dict(zip(batch, captions, strict=True)))

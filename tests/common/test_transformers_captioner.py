@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -250,22 +251,24 @@ def test_identity_follows_the_files(folders, tmp_path):
 def test_out_of_memory_halves_the_batch(folders, pictures, monkeypatch):
     captioner = TransformersCaptioner(folders / "blip", batch_size=4, max_new_tokens=6)
     texts = TransformersCaptioner(folders / "blip", batch_size=1, max_new_tokens=6)(pictures)
-    sizes, generate = [], captioner._generate
+    sizes, released, generate = [], [], captioner._generate
+    monkeypatch.setattr(captions, "release_cached_memory", lambda: released.append(sys.exc_info()[0]))
 
     def scarce(batch):
         sizes.append(len(batch))
         if len(batch) > 2:
-            raise torch.OutOfMemoryError("no memory")
+            raise torch.cuda.OutOfMemoryError("no memory")
         return generate(batch)
 
     monkeypatch.setattr(captioner, "_generate", scarce)
     assert captioner(pictures) == texts and sizes == [4, 2, 2, 1] and captioner.batch_size == 2
+    assert released == [None], "outside the except block, whose traceback holds the failed tensors"
 
     def nothing(batch):
-        raise torch.OutOfMemoryError("no memory")
+        raise torch.cuda.OutOfMemoryError("no memory")
 
     monkeypatch.setattr(captioner, "_generate", nothing)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(torch.cuda.OutOfMemoryError):
         captioner(pictures.flip(3))
 
 
