@@ -115,11 +115,14 @@ def test_another_methods_model_is_refused(comfyui):
         require_method(model, "dit4sr", "Sampler")
 
 
-def test_the_chosen_precision_is_taken(comfyui):
+def test_the_chosen_precision_is_taken(comfyui, monkeypatch):
+    import comfy.model_management
     from fourfold.nodes.common.host.models import DTYPES, pick_dtype
 
     assert [pick_dtype(name) for name in DTYPES] == [torch.bfloat16, torch.float16, torch.float32]
     assert pick_dtype("default", 10**6) in (torch.bfloat16, torch.float32)
+    monkeypatch.setattr(comfy.model_management, "unet_dtype", lambda *_, **__: torch.float8_e4m3fn)
+    assert pick_dtype("default") == torch.bfloat16, "plain torch layers cannot compute in 8 bits"
 
 
 def test_the_bar_counts_steps_times_windows(comfyui, monkeypatch):

@@ -39,9 +39,10 @@ def pick_dtype(choice: str, parameters: int = 0) -> torch.dtype:
     """The dtype of the weights: a name in `DTYPES`, or "default" = what ComfyUI would take for so many parameters."""
     if choice in DTYPES:
         return DTYPES[choice]
-    return management.unet_dtype(
+    found = management.unet_dtype(
         management.get_torch_device(), model_params=parameters, supported_dtypes=[torch.bfloat16, torch.float32]
     )
+    return found if found in DTYPES.values() else torch.bfloat16  # --fp8_*-unet: for ComfyUI's own layers, which cast
 
 
 def host(network: nn.Module, method: str, preview: LatentFormat | None = None) -> HostedModel:
