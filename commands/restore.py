@@ -119,6 +119,8 @@ def _restore(job: Job, method, options: argparse.Namespace, label: str) -> Path:
     if target.exists() and target.samefile(job.source):
         raise ValueError(f"the result {target} would replace the photograph itself; choose another --out.")
     lr = read_image(job.source)
+    if options.format == "jpg" and lr.shape[1] in (2, 4):  # before the work, not after it
+        raise ValueError(f"{job.source} has transparency, which JPEG cannot hold; choose --format png, webp or tif.")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tqdm(desc=label, unit="step", file=sys.stderr, leave=False, disable=not sys.stderr.isatty()) as bar:
         def on_step(step: int, steps: int, *latents: object) -> None:

@@ -137,11 +137,17 @@ def test_formats(tmp_path, suffix):
     assert read_image(tmp_path / "out" / f"a.{suffix}").shape == (1, 3, 20, 24)
 
 
-def test_a_failed_write_leaves_no_file(tmp_path, capsys):
+def test_transparency_that_jpeg_cannot_hold_is_said_before_the_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Enlarger, "__call__", lambda *_, **__: pytest.fail("restored for nothing"))
     write_image(tmp_path / "a.png", torch.rand(1, 4, 5, 6))
     assert cli.main(["restore", str(tmp_path / "a.png"), "--out", str(tmp_path / "out"), "--format", "jpg"]) == 1
-    assert list((tmp_path / "out").iterdir()) == []
-    assert "transparency" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and "transparency" in capsys.readouterr().err
+
+
+def test_a_failed_write_leaves_no_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Enlarger, "__call__", lambda _, lr, *__, **___: torch.full((1, 3, 20, 24), float("nan")))
+    assert cli.main(["restore", str(picture(tmp_path / "a.png")), "--out", str(tmp_path / "out")]) == 1
+    assert list((tmp_path / "out").iterdir()) == [] and "NaN" in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_the_run_and_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
