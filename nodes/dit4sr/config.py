@@ -180,7 +180,7 @@ PRESETS: dict[str, Preset] = {
         ),
         Sampling(
             steps=2,
-            guidance=1.0,
+            guidance=1.7,
             start_sigma=1.0,
             tile=32,
             overlap=8,
@@ -188,5 +188,6 @@ PRESETS: dict[str, Preset] = {
             multiple=8,
             min_short_side=128,
         ),
+        negative_prompt="flat, blurred",  # in the words that its captions say of damaged pictures
     ),
 }
