@@ -173,6 +173,8 @@ class ComfyServer:
         for name in ("custom_nodes", "input", "output", "temp", "user", "models"):
             (self.workspace / name).mkdir(parents=True, exist_ok=True)
         link = self.workspace / "custom_nodes" / self.link_name
+        if link.is_symlink():  # a workspace that was used before, perhaps with another suite
+            link.unlink()
         if self.suite and not link.exists():
             _link(self.suite, link)
         # The checkout's model folders, under the names that ComfyUI knows them by; JSON is YAML.

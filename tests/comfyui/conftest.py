@@ -35,7 +35,7 @@ def start_server(tmp_path_factory):
 
     def start(**options) -> ComfyServer:
         options = {"workspace": tmp_path_factory.mktemp("comfyui"), "cpu": True, "arguments": ARGUMENTS,
-                   "environment": ENVIRONMENT, **options}
+                   "environment": ENVIRONMENT, "timeout": 900, **options}
         server = ComfyServer(comfyui, python, **options)
         started.append(server)
         return server.__enter__()

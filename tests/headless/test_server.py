@@ -100,6 +100,10 @@ def test_named_workspace_is_kept(tmp_path, suite):
     with ComfyServer(comfyui, sys.executable, suite=suite, workspace=workspace, cpu=True, timeout=30):
         pass
     assert (workspace / "comfyui.log").read_text().startswith("stand-in listens")
+    other = tmp_path / "other"
+    other.mkdir()
+    with ComfyServer(comfyui, sys.executable, suite=other, workspace=workspace, cpu=True, timeout=30):
+        assert (workspace / "custom_nodes/comfyui-fourfold").resolve() == other
 
 
 def test_server_that_ends_early_quotes_its_log(tmp_path, suite):
