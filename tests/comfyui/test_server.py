@@ -108,6 +108,8 @@ def test_settings_of_the_tiny_workflow_are_those_of_the_library(tiny_graph):
     prepare = tiny_graph.inputs("FourfoldLRPrepare")
     assert (prepare["multiple"], prepare["min_short_side"]) == (sampling.multiple, sampling.min_short_side)
     assert tiny_graph.inputs("FourfoldColorFix")["method"] == sampling.color_fix
+    assert tiny_graph.inputs("FourfoldCaptionImage")["suffix"] == PRESETS["tiny"].added_prompt
+    assert tiny_graph[inputs["negative"][0]]["inputs"]["text"] == PRESETS["tiny"].negative_prompt
 
 
 def test_settings_of_the_full_workflow_are_those_of_the_paper(api_graph):
@@ -115,6 +117,8 @@ def test_settings_of_the_full_workflow_are_those_of_the_paper(api_graph):
     for name in ("steps", "guidance", "start_sigma", "tile", "overlap", "tile_batch"):
         assert graph.inputs(SAMPLER)[name] == getattr(sampling, name), name
     assert graph.inputs(SAMPLER)["injection_scale"] == 1.2
+    assert graph.inputs("FourfoldCaptionImage")["suffix"] == PRESETS["full"].added_prompt
+    assert graph[graph.inputs(SAMPLER)["negative"][0]]["inputs"]["text"] == PRESETS["full"].negative_prompt
     prepare = graph.inputs("FourfoldLRPrepare")
     assert (prepare["multiple"], prepare["min_short_side"]) == (sampling.multiple, sampling.min_short_side)
 

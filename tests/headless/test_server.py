@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from fourfold.headless.client import ComfyClient, ComfyError
 from fourfold.headless.server import ComfyServer, ServerError, find_comfyui, find_python
 
@@ -157,3 +158,13 @@ os._exit(9)  # as if it had been killed: nothing is tidied up
         while time.monotonic() < deadline:
             client.object_info()
             time.sleep(0.1)
+
+
+def test_without_a_gpu_comfyui_is_told_to_use_the_cpu(tmp_path, suite):
+    comfyui = checkout(tmp_path / "comfyui", ANSWERS)
+    server = ComfyServer(comfyui, sys.executable, suite=suite, workspace=tmp_path / "w", arguments=["--verbose"])
+    found = torch.cuda.is_available() or torch.backends.mps.is_available()
+    assert ("--cpu" in server._command()) == (not found)
+    assert server._command()[-1] == "--verbose"
+    server.cpu = True
+    assert "--cpu" in server._command()
