@@ -10,8 +10,6 @@ CONDITIONING, CLIP, VAE, STRING. Two kinds are our own:
 - ``FOURFOLD_FRAME``, what LR Prepare knows of a picture and Color Fix needs: exact target size, alpha, reference.
 """
 
-import importlib
-
 import torch
 from comfy_api.latest import io, ui
 
@@ -19,6 +17,7 @@ from . import tiny
 from .color_fix import METHODS, color_fix
 from .degradation import DEGRADATIONS, degrade
 from .host.files import fingerprint
+from .host.models import TINY_LOADERS
 from .images import Prepared, crop, finish, from_comfy, prepare_lr, side_by_side, to_comfy
 
 CATEGORY = "Fourfold"
@@ -208,8 +207,9 @@ class TinyModels(io.ComfyNode):
         from .host.autoencoder import TinyVAE
         from .host.text import tiny_clip
 
-        nodes = importlib.import_module(f"..{method}.comfy_nodes", __package__)  # by name: common imports no method
-        model = nodes.load_model(tiny.tiny_checkpoint(method))
+        if method not in TINY_LOADERS:
+            raise RuntimeError(f"the nodes of {method} could not be loaded when ComfyUI started; its log says why.")
+        model = TINY_LOADERS[method](tiny.tiny_checkpoint(method))
         return io.NodeOutput(model, tiny_clip(tiny.load_text_encoder()), TinyVAE(tiny.load_codec()))
 
 

@@ -8,24 +8,18 @@ from comfy_api.latest import io
 
 from ..common import tiny
 from ..common.autoencoder import to_model, to_vae
-from ..common.captions import EmbeddedCaptioner, load_captioner
 from ..common.checkpoints import read_header, require_family
 from ..common.host.conditioning import read_conditioning
-from ..common.host.files import find_model, fingerprint, list_folders, list_models
-from ..common.host.models import DTYPES, HostedModel, host, on_device, pick_dtype, require_method
+from ..common.host.files import find_model, fingerprint, list_models
+from ..common.host.models import DTYPES, TINY_LOADERS, HostedModel, host, on_device, pick_dtype, require_method
 from ..common.host.progress import Report
-from ..common.images import from_comfy
 from ..common.sampling import cpu_noise
-from .model import DiT4SRTransformer
-from .prompts import POSITIVE, clean_caption
+from .model import PAGE, DiT4SRTransformer
 from .restore import sample
 
 CATEGORY = "Fourfold/DiT4SR"
 FOLDERS = ("diffusion_models", "fourfold")  # where transformers are looked for, in this order
-CAPTIONERS = ("fourfold", "LLM")  # where folders of image-to-text models are looked for
-EMBEDDED = "embedded"
 NOT_OURS = {file for part, file in tiny.FILES.items() if part != "dit4sr"}  # the rest of the tiny family
-PAGE = "https://huggingface.co/acceptee/DiT4SR"
 SD3_SHIFT = 0.0609  # of the latents of Stable Diffusion 3's VAE; the tiny codec has another
 DiT4SRModel = io.Custom("FOURFOLD_DIT4SR")
 
@@ -176,44 +170,5 @@ def _checked(latent: torch.Tensor, channels: int) -> torch.Tensor:
     return latent
 
 
-class CaptionImage(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FourfoldCaptionImage",
-            display_name="Caption Image",
-            category="Fourfold",
-            description="Describes each picture of a batch for use as a prompt: one text for each, as a list.",
-            inputs=[
-                io.Image.Input("image", tooltip="The low-resolution picture, as it comes from LR Prepare."),
-                io.Combo.Input("captioner", options=[EMBEDDED, *list_folders(CAPTIONERS, "preprocessor_config.json")],
-                               default=EMBEDDED,
-                               tooltip="embedded: measured words such as 'bright, warm, fine texture', as tiny models "
-                               "know them; needs no weights. Or a folder with an image-to-text model of "
-                               "transformers, in models/fourfold or models/LLM."),
-                io.Boolean.Input("drop_focus_words", default=True,
-                                 tooltip="Leave out sentences about blur, focus, depth and the like: they describe the "
-                                 "damage, and the network would paint it. The embedded captioner then says "
-                                 "'rich texture, crisp' whatever it measures."),
-                io.String.Input("suffix", default=POSITIVE, multiline=True,
-                                tooltip="Added to every caption. The default is DiT4SR's; empty for tiny models."),
-            ],
-            outputs=[io.String.Output("prompt", display_name="prompt", is_output_list=True,
-                                      tooltip="One prompt for each picture, for CLIP Text Encode.")])
-
-    @classmethod
-    def execute(cls, image, captioner, drop_focus_words, suffix) -> io.NodeOutput:
-        pixels = from_comfy(image)[:, :3]
-        if captioner == EMBEDDED:
-            captions = EmbeddedCaptioner(as_good=drop_focus_words)(pixels)
-        else:
-            folder = find_model(captioner, CAPTIONERS, "the captioner", "its page")
-            describe = load_captioner(folder, dtype=pick_dtype("default"))
-            with on_device(host(describe.network, "captioner")):
-                captions = describe(pixels)
-            if drop_focus_words:
-                captions = [clean_caption(caption) for caption in captions]
-        return io.NodeOutput([f"{caption} {suffix.strip()}".strip() for caption in captions])
-
-
-NODES = [DiT4SRLoader, MMDiTControlSampler, CaptionImage]
+NODES = [DiT4SRLoader, MMDiTControlSampler]
+TINY_LOADERS["dit4sr"] = load_model

@@ -1,8 +1,4 @@
-"""The prompts of DiT4SR: the published wording, and which sentences of a caption are left out."""
-
-from __future__ import annotations
-
-import re
+"""The prompts of DiT4SR: the published wording."""
 
 POSITIVE = (
     "Cinematic, hyper sharpness, highly detailed, perfect without deformations, camera, hyper detailed photo - "
@@ -12,28 +8,11 @@ NEGATIVE = (
     "motion blur, noisy, dotted, bokeh, pointed, CG Style, 3D render, unreal engine, blurring, dirty, messy, "
     "worst quality, low quality, frames, watermark, signature, jpeg artifacts, deformed, lowres, chaotic"
 )
-# A captioner that sees a degraded picture describes the degradation; such sentences would ask for it.
-DROPPED_WORDS = (
-    "focus",
-    "focal",
-    "prominent",
-    "close-up",
-    "black and white",
-    "blur",
-    "depth",
-    "dense",
-    "locate",
-    "position",
-)
 
 
-def clean_caption(caption: str) -> str:
-    """The caption without the sentences that contain one of DROPPED_WORDS; ends with a full stop unless empty."""
-    sentences = [s.strip() for s in re.split(r"(?<=[.!?])\s+", caption.strip()) if s.strip()]
-    kept = [s for s in sentences if not any(word in s.lower() for word in DROPPED_WORDS)]
-    return " ".join(s if s[-1] in ".!?" else s + "." for s in kept)
-
-
-def positive_prompt(caption: str, added: str = POSITIVE) -> str:
-    """The caption, cleaned, followed by the published words of quality."""
-    return f"{clean_caption(caption)} {added}".strip()
+def positive_prompt(text: str, added: str = POSITIVE) -> str:
+    """What the picture shows (a caption, or the user's own words), followed by the published words of quality."""
+    text = text.strip()
+    if text and added and text[-1] not in ".!?":
+        text += "."
+    return f"{text} {added}".strip()

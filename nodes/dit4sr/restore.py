@@ -15,6 +15,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from ..common.autoencoder import KLAutoencoder, to_model, to_vae
+from ..common.caption_cleaning import clean_caption
 from ..common.captions import EmbeddedCaptioner
 from ..common.codec import LinearCodec
 from ..common.color_fix import METHODS as COLOR_FIXES
@@ -217,12 +218,11 @@ def restore(
     prepared = prepare_lr(lr, None if size else scale, size, chosen.multiple, chosen.min_short_side)
     config = system.transformer.config
 
-    captions = [prompt] * len(lr) if isinstance(prompt, str) else prompt or system.captioner(prepared.lr)
-    if len(captions) != len(lr):
-        raise ValueError(f"{len(captions)} prompts for {len(lr)} pictures; give one text, or one for each picture.")
-    if system.added_prompt:
-        captions = [positive_prompt(caption, system.added_prompt) for caption in captions]
-    positive = system.text.encode(list(captions))
+    texts = _captions(system, prepared.lr) if prompt is None else prompt
+    texts = [texts] * len(lr) if isinstance(texts, str) else texts
+    if len(texts) != len(lr):
+        raise ValueError(f"{len(texts)} prompts for {len(lr)} pictures; give one text, or one for each picture.")
+    positive = system.text.encode([positive_prompt(text, system.added_prompt) for text in texts])
     unwanted = system.negative_prompt if negative is None else negative
     low = system.text.encode([unwanted]) if chosen.guidance != 1 else None
 
@@ -246,3 +246,9 @@ def restore(
     decoded = system.autoencoder.decode(to_vae(z, config.latent_shift, config.latent_scale)).cpu().float()
     sr = crop(decoded, prepared)
     return finish(fix_colors(sr, prepared.lr, color_fix or chosen.color_fix), prepared)
+
+
+def _captions(system: System, pictures: Tensor) -> list[str]:
+    """A caption of each picture; at full size without the sentences that describe damage."""
+    captions = system.captioner(pictures)
+    return [clean_caption(caption) for caption in captions] if system.added_prompt else captions

@@ -248,7 +248,11 @@ def test_prompts_are_completed_with_the_published_words(system, monkeypatch):
     monkeypatch.setattr(system.text, "encode", lambda prompts: encoded.append(prompts) or encode(["x"] * len(prompts)))
     full = replace(system, added_prompt=POSITIVE, negative_prompt=NEGATIVE)
     restore(picture(1, 3, 4, 4), full, prompt="A dog. It is blurred.", steps=1)
-    assert encoded == [[f"A dog. {POSITIVE}"], [NEGATIVE]]
+    assert encoded == [[f"A dog. It is blurred. {POSITIVE}"], [NEGATIVE]], "the user's own words are kept"
+    del encoded[:]
+    captioned = replace(full, captioner=lambda images: ["A dog. It is blurred."] * len(images))
+    restore(picture(1, 3, 4, 4), captioned, steps=1)
+    assert encoded == [[f"A dog. {POSITIVE}"], [NEGATIVE]], "a caption's are not"
     del encoded[:]
     restore(picture(1, 3, 4, 4), full, prompt="A dog", negative="ugly", steps=1)
     restore(picture(1, 3, 4, 4), full, prompt="A dog", guidance=1.0, steps=1)
@@ -293,6 +297,7 @@ def test_tiny_training_export_is_a_system(system, tmp_path):
     system.autoencoder.save(tmp_path / "codec.safetensors")
     loaded = load_system(tmp_path, device="cpu")
     loaded.sampling, loaded.captioner = system.sampling, system.captioner
+    loaded.negative_prompt = system.negative_prompt
     assert torch.equal(restore(picture(1, 3, 5, 5), loaded), restore(picture(1, 3, 5, 5), system))
 
 

@@ -1,8 +1,9 @@
 """Networks under ComfyUI's memory management: it decides when one is on the device and when it has to leave."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import comfy.model_management as management
 import torch
@@ -25,6 +26,10 @@ class HostedModel:
     def network(self) -> nn.Module:
         """For looking at its config; wherever it lies."""
         return self.patcher.model.network
+
+
+# method -> its load_model(path), for Tiny Models; each method's comfy_nodes.py puts its own in
+TINY_LOADERS: dict[str, Callable[[Path], HostedModel]] = {}
 
 
 class HostedNetwork(nn.Module):
