@@ -27,7 +27,8 @@ DRAWN = """() => app.graph.nodes.map(node => ({
     box: [node.pos[0], node.pos[1], node.size[0], node.size[1]],
     needed: Array.from(node.computeSize()),
 }))"""
-PICTURES = """type => app.graph.nodes.filter(node => node.type == type)
+FOLLOW = "() => app.api.addEventListener('execution_error', event => { window.failure = event.detail })"
+PICTURES = """types => window.failure || app.graph.nodes.filter(node => types.includes(node.type))
     .every(node => node.imgs?.length && node.imgs.every(image => image.naturalWidth > 0))"""
 
 
@@ -141,11 +142,12 @@ def test_editor_exports_the_shipped_api_file(page, workflow, api_graph):
 
 def test_run_draws_the_restored_picture(page, tiny_workflow, api_graph):
     open_template(page, tiny_workflow)
+    page.evaluate(FOLLOW)
     page.get_by_role("button", name="Run", exact=True).first.click()
-    for kind in ("FourfoldCompare", "SaveImage"):
-        page.wait_for_function(PICTURES, arg=kind, timeout=300 * SECOND)
+    page.wait_for_function(PICTURES, arg=["FourfoldCompare", "SaveImage"], timeout=300 * SECOND)
     page.wait_for_timeout(1 * SECOND)
     picture_of(page, f"{tiny_workflow}_run")
+    assert page.evaluate("() => window.failure?.exception_message ?? null") is None
     assert page.get_by_role("dialog").count() == 0
     assert page.errors == []
     sizes = page.evaluate("""() => Object.fromEntries(app.graph.nodes.filter(node => node.imgs?.length)

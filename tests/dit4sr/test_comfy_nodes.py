@@ -216,7 +216,8 @@ def test_the_graph_of_the_tiny_workflow_is_restore(nodes, only_in_comfyui, tiny_
     prepared, frame = nodes["FourfoldLRPrepare"].execute(
         lr.movedim(1, -1), 4.0, 0, 0, settings.multiple, settings.min_short_side).args
     (caption,) = nodes["FourfoldCaptionImage"].execute(prepared, "embedded", True, "").args[0]
-    positive, negative = (stock.CLIPTextEncode().encode(clip, text)[0] for text in (caption, ""))
+    prompts = (caption, PRESETS["tiny"].negative_prompt)
+    positive, negative = (stock.CLIPTextEncode().encode(clip, text)[0] for text in prompts)
     (lr_latent,) = stock.VAEEncode().encode(vae, prepared)
     latent = nodes["FourfoldMMDiTControlSampler"].execute(
         model, positive, negative, lr_latent, 7, settings.steps, settings.guidance, settings.start_sigma,
