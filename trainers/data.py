@@ -153,44 +153,6 @@ class Photographs:
         return (hr.flip(2) if mirror % 2 else hr).contiguous()
 
 
-class ValidationPhotographs:
-    """The fixed validation pairs: picture i of the sorted folder, its centre, degraded with seed i.
-
-    Args:
-        folder: searched recursively (`find_images`).
-        degradation: how the low-resolution picture is made, settings or a name of `DEGRADATIONS`.
-        size: side of the centre crop, px; a multiple of `scale`.
-        limit: only the first so many pictures; None = all.
-        captions, scale: as in `Photographs`.
-    Items: as those of `Photographs`, with ``name`` (the file's name without suffix) in addition.
-    Raises: ValueError if a picture is smaller than `size`.
-    """
-
-    def __init__(self, folder: str | Path, degradation: DegradationSettings | str, size: int = 256,
-                 limit: int | None = None, captions: bool | Callable[[Tensor], list[str]] = True, scale: int = 4):
-        self.paths = find_images(folder)[:limit]
-        small = [path.name for path in self.paths if min(_size(path)) < size]
-        if small:
-            raise ValueError(f"{len(small)} of {len(self.paths)} validation pictures have a side below {size} px, "
-                             f"the first is {small[0]}. Choose a smaller size or remove them.")
-        self.degradation, self.size, self.scale = _settings(degradation), size, scale
-        self.captioner = _captioner(captions)
-        self.captions = [_caption_file(path) if captions else None for path in self.paths]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"validation picture {index} of {len(self)}")
-        picture = _rgb(read_image(self.paths[index])[0])
-        top, left = (picture.shape[1] - self.size) // 2, (picture.shape[2] - self.size) // 2
-        hr = picture[:, top:top + self.size, left:left + self.size].contiguous()
-        return {"hr": hr, "lr": degrade(hr[None], self.degradation, index, self.scale)[0],
-                "caption": self.captions[index] or self.captioner(hr[None])[0], "index": index,
-                "name": self.paths[index].stem}
-
-
 def _settings(degradation: DegradationSettings | str | None) -> DegradationSettings | None:
     if not isinstance(degradation, str):
         return degradation

@@ -15,7 +15,6 @@ The measures, and what they look at:
 No border is cut off.
 """
 
-import importlib.util
 import logging
 import warnings
 from collections.abc import Iterable
@@ -139,11 +138,6 @@ def load_metrics(names: Iterable[str] = tuple(MEASURES), *, niqe_parameters: str
             network = pyiqa.create_metric(MEASURES[name].pyiqa_name, device=torch.device(device), **options)
         metrics[name] = Metric(name, MEASURES[name], network)
     return metrics
-
-
-def metrics_installed() -> bool:
-    """Whether pyiqa and torchvision are installed (they may still fail to import: `load_metrics` says so)."""
-    return all(importlib.util.find_spec(name) is not None for name in ("pyiqa", "torchvision"))
 
 
 def _import_pyiqa() -> Any:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from fourfold.nodes.common.degradation import LIGHT, degrade
 from fourfold.trainers import data
-from fourfold.trainers.data import Photographs, PictureCache, ValidationPhotographs, find_images
+from fourfold.trainers.data import Photographs, PictureCache, find_images
 from fourfold.trainers.order import BatchOrder, Shuffled, generator_of, loader, seed_of, to_device
 from PIL import Image
 
@@ -137,17 +137,6 @@ def test_identity_follows_files_and_settings(folder, tmp_path):
     assert Photographs(tmp_path, 32, LIGHT, seed=1).identity() != identity
     (tmp_path / "a.txt").write_text("another caption")
     assert Photographs(tmp_path, 32, LIGHT).identity() != identity
-
-
-def test_validation_pairs_are_fixed_by_the_sorted_list(folder):
-    validation = ValidationPhotographs(folder, "light", size=16)
-    assert len(validation) == 5 and [v["name"] for v in validation] == ["a", "b", "grey", "small", "c"]
-    item, whole = validation[1], PictureCache([folder / "b.jpg"], 0)[0].float() / 255
-    torch.testing.assert_close(item["hr"], whole[:, 16:32, 24:40])
-    assert torch.equal(item["lr"], degrade(item["hr"][None], LIGHT, 1)[0]) and item["lr"].shape == (3, 4, 4)
-    assert validation[0]["caption"] == "a painted wall" and len(ValidationPhotographs(folder, LIGHT, 16, limit=2)) == 2
-    with pytest.raises(ValueError, match=r"1 of 5 validation pictures .* small\.png"):
-        ValidationPhotographs(folder, LIGHT, size=32)
 
 
 # order ------------------------------------------------------------------------------------------------------------
