@@ -97,17 +97,18 @@ def examples(limit: int | None = None) -> "list[Pair]":
 
 
 def open_engine(method: str, options: argparse.Namespace, stack: contextlib.ExitStack):
-    """ComfyUI where one is found and starts, else this process; says which and why.
+    """ComfyUI where one is found and starts and the method has a workflow, else this process; says which and why.
 
-    Raises: FileNotFoundError or ServerError if the ComfyUI that --comfyui names does not start.
+    Raises: FileNotFoundError or ServerError if ComfyUI is demanded with --comfyui, but cannot be used.
     """
     from ..headless.server import ComfyServer, ServerError, find_comfyui
-    from .engines import InComfyUI, InProcess
+    from .engines import InComfyUI, InProcess, tiny_workflow
 
     if options.in_process:
         print(f"{method}: in this process, as asked")
         return InProcess(method, options)
     try:
+        tiny_workflow(method)  # before a server is started for nothing
         server = ComfyServer(options.comfyui or find_comfyui())
         print(f"{method}: in ComfyUI, starting the one at {server.comfyui}")
         stack.enter_context(server)

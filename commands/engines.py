@@ -41,7 +41,7 @@ class InComfyUI:
 
     def __init__(self, method: str, server: ComfyServer):
         self._server, self._client = server, ComfyClient(server.address)
-        self._graph = json.loads((WORKFLOWS / f"{method}_tiny.json").read_text(encoding="utf-8"))
+        self._graph = json.loads(tiny_workflow(method).read_text(encoding="utf-8"))
 
     def __call__(self, lr: "Tensor", seed: int) -> "Tensor":
         """Restores (1, C, h, w) in 0..1. Raises: ComfyError if the server fails or makes no picture."""
@@ -56,6 +56,14 @@ class InComfyUI:
 
     def peak_memory(self) -> int:
         return peak_memory(self._server.process.pid)
+
+
+def tiny_workflow(method: str) -> Path:
+    """The method's tiny workflow in API form. Raises: FileNotFoundError if the suite has none."""
+    path = WORKFLOWS / f"{method}_tiny.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no workflow {path.name} in workflows/api to run in ComfyUI.")
+    return path
 
 
 def filled(graph: dict[str, Any], image: str, seed: int) -> dict[str, Any]:

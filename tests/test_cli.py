@@ -206,6 +206,19 @@ def test_the_demo_says_why_it_does_without_comfyui(tmp_path, monkeypatch, capsys
     assert "no main.py" in capsys.readouterr().err
 
 
+def test_the_demo_does_without_comfyui_where_the_workflow_is_absent(tmp_path, monkeypatch, capsys):
+    found = tmp_path / "ComfyUI"
+    found.mkdir()
+    (found / "main.py").write_text("raise SystemExit('started for nothing')")
+    monkeypatch.setattr(engines, "WORKFLOWS", tmp_path)
+    monkeypatch.setenv("COMFYUI_PATH", str(found))
+    command = ["demo", "--limit", "1", "--out", str(tmp_path / "demo")]
+    assert cli.main(command) == 0
+    assert "in this process, because: there is no workflow dit4sr_tiny.json" in capsys.readouterr().out
+    assert cli.main([*command, "--comfyui", str(found)]) == 1
+    assert "no workflow dit4sr_tiny.json" in capsys.readouterr().err
+
+
 def test_a_workflow_is_filled_with_picture_and_seed():
     graph = {"1": {"class_type": "FourfoldExamplePhoto", "inputs": {"photo": "cat"}},
              "2": {"class_type": "Sampler", "inputs": {"seed": 0, "latent": ["1", 0]}},
