@@ -1,4 +1,4 @@
-"""Photographs as training and validation pairs: clean crop, degraded crop, caption."""
+"""Photographs as training pairs: clean crop, degraded crop, caption."""
 
 from __future__ import annotations
 
