@@ -20,6 +20,7 @@ from ..common.captions import EmbeddedCaptioner
 from ..common.codec import LinearCodec
 from ..common.color_fix import METHODS as COLOR_FIXES
 from ..common.color_fix import color_fix as fix_colors
+from ..common.devices import best_device
 from ..common.images import crop, finish, prepare_lr
 from ..common.sampling import OnStep, cpu_noise, flow_timesteps, guided
 from ..common.sampling import sample as run_scheduler
@@ -151,13 +152,13 @@ def load_system(
             tiny training.
         base: diffusers folder of Stable Diffusion 3.5 medium, whose VAE and text encoders are used; None = the
             folder that `transformer/` lies in. Not used by tiny networks.
-        device: None = cuda where there is one, else cpu.
+        device: None = cuda where there is one, else mps, else cpu.
         dtype: of the network; None = bfloat16 on a GPU, float32 on a CPU.
         variant: see `DiT4SRTransformer.from_pretrained`.
         captioner: bchw in 0..1 -> list of texts; None = the embedded one.
     Raises: FileNotFoundError naming what is missing; WrongFileError, MismatchedKeysError, CorruptCheckpointError.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device or best_device())
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     if str(model) == "tiny":
         network, codec, text = tiny_checkpoint("dit4sr"), load_codec(), load_text_encoder()
