@@ -13,6 +13,8 @@ import torch
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
+from .color_profiles import to_srgb
+
 log = logging.getLogger(__name__)
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's mode
@@ -49,7 +51,8 @@ def read_image(path: str | Path) -> Tensor:
     """Reads a picture file into (1, C, H, W) float32 in 0..1, upright.
 
     Whatever Pillow opens: 1-bit, grey, palette, CMYK, alpha, 16-bit grey (all 16 bits; of 16-bit colour the upper 8),
-    float TIFF in 0..1; the EXIF orientation is applied; of several frames the first one counts.
+    float TIFF in 0..1; the EXIF orientation is applied, and an embedded profile other than sRGB (of 8-bit pictures);
+    of several frames the first one counts.
 
     Raises: FileNotFoundError if there is no such file; ValueError, naming it, if it is no picture or is damaged.
     """
@@ -65,7 +68,7 @@ def _open(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()
-            return _upright(image, path)
+            return to_srgb(_upright(image, path), path)
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is not a picture that can be read, whatever its name says.") from error
     except Image.DecompressionBombError as error:
