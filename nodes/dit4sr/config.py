@@ -180,7 +180,7 @@ PRESETS: dict[str, Preset] = {
         ),
         Sampling(
             steps=2,
-            guidance=1.7,
+            guidance=1.3,
             start_sigma=1.0,
             tile=32,
             overlap=8,
