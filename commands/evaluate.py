@@ -86,7 +86,8 @@ def run(options: argparse.Namespace) -> int:
         print("\n".join(f"  {reason}" for reason in verdict.reasons))
     if options.out is not None:
         summary = {"data": str(options.data), "photographs": len(pairs), "crop": options.crop,
-                   "degradation": options.degradation, "model": options.model, "settings": sampling_settings(options),
+                   "degradation": options.degradation, "model": options.model,
+                   "captioner": options.captioner, "settings": sampling_settings(options),
                    "torch": torch.__version__, "left_out": left_out,
                    "means": {method: _defined(scores) for method, scores in means.items()},
                    "verdicts": {name: {"passed": v.passed, "reasons": v.reasons} for name, v in verdicts.items()}}

@@ -1,8 +1,8 @@
 """A method with its weights loaded, as one function from picture to picture."""
 
 import argparse
-import importlib
 from collections.abc import Callable
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .options import sampling_settings
@@ -18,16 +18,21 @@ class Method:
 
     Args:
         name: one of `METHODS`; its folder under nodes/ has `load_system` and `restore`.
-        options: parsed command line with model and, if the command has them, sampling options.
+        options: parsed command line with model and, if the command has them, captioner and sampling options.
+    Attributes:
+        used: of the last pictures, everything that they depend on beside weights and seed; see the method's `restore`.
     Raises: what loading raises: FileNotFoundError, ValueError or RuntimeError, naming the file.
     """
 
     def __init__(self, name: str, options: argparse.Namespace):
-        module = importlib.import_module(f"..nodes.{name}.restore", __package__)
+        from ..nodes.restoration import EMBEDDED, load_system
+
         self.name = name
+        self.used: dict[str, Any] = {}
         self.settings: dict[str, Any] = sampling_settings(options)
-        self._restore = module.restore
-        self._system = module.load_system(options.model, base=options.base, device=options.device)
+        self._restore = import_module(f"..nodes.{name}.restore", __package__).restore
+        captioner = getattr(options, "captioner", EMBEDDED)
+        self._system = load_system(name, options.model, options.base, options.device, captioner)
 
     def __call__(self, lr: "Tensor", seed: int, scale: float = 4, size: tuple[int, int] | None = None,
                  on_step: "OnStep | None" = None) -> "Tensor":
@@ -35,4 +40,8 @@ class Method:
 
         Picture b of the batch uses seed + b. Returns float32 in 0..1, on the CPU.
         """
-        return self._restore(lr, self._system, scale=scale, size=size, seed=seed, on_step=on_step, **self.settings)
+        return self._restore(lr, self._system, scale=scale, size=size, seed=seed, on_step=on_step,
+                             on_settings=self._note, **self.settings)
+
+    def _note(self, used: dict[str, Any]) -> None:
+        self.used = used

@@ -55,11 +55,14 @@ def dimensions(text: str) -> tuple[int, int]:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--model, --base and --device."""
+    """--model, --base, --captioner and --device."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="tiny", metavar="tiny|PATH",
                        help="the embedded tiny weights, or a folder with the method's own (default: tiny)")
     group.add_argument("--base", metavar="PATH", help="folder of the base model (VAE, text encoders); not for tiny")
+    group.add_argument("--captioner", default="embedded", metavar="embedded|FOLDER",
+                       help="what describes the picture where no --prompt is given: measurements, or the image-to-text "
+                            "model of transformers in a folder (default: embedded)")
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
 
 

@@ -133,8 +133,15 @@ def _restore(job: Job, method, options: argparse.Namespace, label: str) -> Path:
 
 
 def metadata(method, options: argparse.Namespace, source: Path) -> dict[str, str]:
-    """What is written into the result, so that it can be made again."""
+    """What is written into the result, so that it can be made again; of folders only their names."""
     target = {"scale": options.scale} if options.size is None else {"size": options.size}
-    made = {"method": method.name, "model": options.model, "base": options.base, **target, "seed": options.seed,
-            "settings": method.settings, "source": source.name, "version": package_version()}
+    settings = {**method.used, "prompt": method.used["prompt"][0]}  # one picture at a time
+    made = {"method": method.name, "model": _name(options.model), "base": _name(options.base),
+            "captioner": _name(options.captioner), **target, "seed": options.seed, "settings": settings,
+            "source": source.name, "version": package_version()}
     return {"Software": f"fourfold {package_version()}", "fourfold": json.dumps(made)}
+
+
+def _name(folder: str | None) -> str | None:
+    """The last part of a path, without what it says about the machine."""
+    return folder and Path(folder).resolve().name

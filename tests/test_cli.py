@@ -27,11 +27,12 @@ class Enlarger:
     def __init__(self, name, options):
         if options.model == "missing":
             raise FileNotFoundError("no weights at missing")
-        self.name, self.settings = name, {"steps": 2} | sampling_settings(options)
+        self.name, self.settings, self.used = name, {"steps": 2} | sampling_settings(options), {}
 
     def __call__(self, lr, seed, scale=4, size=None, on_step=None):
         if lr.shape[-1] == 13:
             raise RuntimeError("13 px bring bad luck")
+        self.used = {"prompt": ["a fence"], **self.settings}
         for step in range(2):
             if on_step is not None:
                 on_step(step, 2, lr, lr)
@@ -67,12 +68,14 @@ def test_wrong_usage_is_told_apart_from_failure(capsys):
 def test_a_result_says_how_it_was_made(tmp_path):
     source = picture(tmp_path / "lr.png")
     assert cli.main(["restore", str(source), "--out", str(tmp_path / "out"), "--seed", "7", "--scale", "2",
-                     "--start-sigma", "0.5"]) == 0
+                     "--start-sigma", "0.5", "--base", str(tmp_path / "private" / "sd3")]) == 0
     with Image.open(tmp_path / "out" / "lr.png") as result:
         assert result.size == (12, 10)
         made = json.loads(result.text["fourfold"])
     assert (made["method"], made["model"], made["seed"], made["scale"]) == ("dit4sr", "tiny", 7, 2)
-    assert made["settings"] == {"steps": 2, "start_sigma": 0.5} and made["source"] == "lr.png" and made["version"]
+    assert made["settings"] == {"steps": 2, "start_sigma": 0.5, "prompt": "a fence"}
+    assert made["source"] == "lr.png" and made["version"] and made["base"] == "sd3"
+    assert "private" not in result.text["fourfold"] and tmp_path.name not in result.text["fourfold"]
 
 
 def test_an_exact_size(tmp_path, capsys):
@@ -145,7 +148,8 @@ def test_transparency_that_jpeg_cannot_hold_is_said_before_the_work(tmp_path, mo
 
 
 def test_a_failed_write_leaves_no_file(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Enlarger, "__call__", lambda _, lr, *__, **___: torch.full((1, 3, 20, 24), float("nan")))
+    original = Enlarger.__call__
+    monkeypatch.setattr(Enlarger, "__call__", lambda *given, **options: original(*given, **options) * float("nan"))
     assert cli.main(["restore", str(picture(tmp_path / "a.png")), "--out", str(tmp_path / "out")]) == 1
     assert list((tmp_path / "out").iterdir()) == [] and "NaN" in capsys.readouterr().err
 
@@ -252,3 +256,26 @@ def test_the_tiny_weights_from_the_command_line_are_those_of_the_python_api(tmp_
     restored = read_image(tmp_path / "out" / "lr.png")
     assert restored.shape == (1, 3, 64, 80)
     assert (restored - expected).abs().max() <= 0.51 / 255
+    with Image.open(tmp_path / "out" / "lr.png") as result:
+        made = json.loads(result.text["fourfold"])
+    system = restoration.load_system("dit4sr", "tiny", None, "cpu")
+    assert made["settings"]["steps"] == 1 and made["settings"]["guidance"] == system.sampling.guidance
+    assert made["settings"]["negative"] == system.negative_prompt and made["settings"]["color_fix"] == "adain"
+    again = fourfold.restore(read_image(source), seed=3, steps=1, device="cpu", prompt=made["settings"]["prompt"])
+    assert torch.equal(again, expected) and made["settings"]["prompt"] and made["captioner"] == "embedded"
+
+
+def test_the_captioner_reaches_the_method(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(methods, "Method", METHOD)
+    source, folder = picture(tmp_path / "lr.png", width=8, height=8), tmp_path / "blip"
+    command = ["restore", str(source), "--out", str(tmp_path / "out"), "--device", "cpu", "--steps", "1",
+               "--captioner", str(folder)]
+    assert cli.main(command) == 1
+    assert f"{folder} does not exist" in capsys.readouterr().err
+    asked = []
+    monkeypatch.setattr(restoration, "load_captioner", lambda name, device: asked.append((name, device)) or (
+        lambda pictures: ["a red door"] * len(pictures)))
+    assert cli.main(command) == 0 and asked == [(str(folder), "cpu")]
+    with Image.open(tmp_path / "out" / "lr.png") as result:
+        made = json.loads(result.text["fourfold"])
+    assert made["settings"]["prompt"] == "a red door" and made["captioner"] == "blip"

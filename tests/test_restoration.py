@@ -8,6 +8,8 @@ import pytest
 import torch
 from fourfold.nodes import restoration
 from fourfold.nodes.common import tiny
+from fourfold.nodes.common.captions import EmbeddedCaptioner
+from fourfold.nodes.common.images import prepare_lr
 from fourfold.nodes.common.tiny_text import TinyTextEncoder
 from fourfold.nodes.dit4sr.config import PRESETS
 from fourfold.nodes.dit4sr.model import WEIGHTS_NAME, DiT4SRTransformer
@@ -66,6 +68,18 @@ def test_weights_are_loaded_once(monkeypatch):
     for _ in range(3):
         fourfold.restore(picture(1, 3, 8, 8), device="cpu", steps=1)
     assert len(loads) == 1
+
+
+def test_the_captioner_is_the_methods_own_unless_a_folder_is_named(tmp_path, monkeypatch):
+    used, asked, options = [], [], dict(device="cpu", steps=1, on_settings=lambda settings: used.append(settings))
+    fourfold.restore(picture(1, 3, 8, 8), **options)
+    own = EmbeddedCaptioner(as_good=True)(prepare_lr(picture(1, 3, 8, 8), 4, None, 8, 0).lr)
+    assert used[0]["prompt"] == own and used[0]["steps"] == 1 and used[0]["tile"] == PRESETS["tiny"].sampling.tile
+    monkeypatch.setattr(restoration, "load_captioner", lambda name, device: asked.append(name) or (
+        lambda pictures: ["a door"] * len(pictures)))
+    for _ in range(2):
+        fourfold.restore(picture(2, 3, 8, 8), captioner=tmp_path, **options)
+    assert used[1]["prompt"] == ["a door", "a door"] and asked == [str(tmp_path)]
 
 
 def test_the_last_weights_leave_before_others_come(monkeypatch):

@@ -7,8 +7,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -197,6 +198,7 @@ def restore(
     color_fix: str | None = None,
     on_step: OnStep | None = None,
     on_window: Callable[[int, int], None] | None = None,
+    on_settings: Callable[[dict[str, Any]], None] | None = None,
 ) -> Tensor:
     """Restores and enlarges pictures.
 
@@ -208,14 +210,17 @@ def restore(
         negative: replaces the published negative prompt.
         steps, guidance, start_sigma, tile, overlap, tile_batch, color_fix: None = the system's own (see `Sampling`).
         on_step: called as in `sample`.
+        on_settings: called once before the drawing with what is used: the fields of `Sampling`, "negative", and as
+            "prompt" a list with what each picture is said to show.
     Returns: (B, C, h, w) in 0..1, float32, on the CPU, of exactly the target size.
     """
     given = dict(
-        steps=steps, guidance=guidance, start_sigma=start_sigma, tile=tile, overlap=overlap, tile_batch=tile_batch
+        steps=steps, guidance=guidance, start_sigma=start_sigma, tile=tile, overlap=overlap, tile_batch=tile_batch,
+        color_fix=color_fix,
     )
     chosen = replace(system.sampling, **{name: value for name, value in given.items() if value is not None})
-    if (color_fix or chosen.color_fix) not in COLOR_FIXES:
-        raise ValueError(f"the colour fix is {color_fix!r}; expected one of {', '.join(COLOR_FIXES)}.")
+    if chosen.color_fix not in COLOR_FIXES:
+        raise ValueError(f"the colour fix is {chosen.color_fix!r}; expected one of {', '.join(COLOR_FIXES)}.")
     prepared = prepare_lr(lr, None if size else scale, size, chosen.multiple, chosen.min_short_side)
     config = system.transformer.config
 
@@ -226,6 +231,8 @@ def restore(
     positive = system.text.encode([positive_prompt(text, system.added_prompt) for text in texts])
     unwanted = system.negative_prompt if negative is None else negative
     low = system.text.encode([unwanted]) if chosen.guidance != 1 else None
+    if on_settings is not None:
+        on_settings({**asdict(chosen), "prompt": list(texts), "negative": unwanted})
 
     latent = system.autoencoder.encode(prepared.pixels.to(system.device))
     z_lr = to_model(latent.float(), config.latent_shift, config.latent_scale)
@@ -246,7 +253,7 @@ def restore(
     )
     decoded = system.autoencoder.decode(to_vae(z, config.latent_shift, config.latent_scale)).cpu().float()
     sr = crop(decoded, prepared)
-    return finish(fix_colors(sr, prepared.lr, color_fix or chosen.color_fix), prepared)
+    return finish(fix_colors(sr, prepared.lr, chosen.color_fix), prepared)
 
 
 def _captions(system: System, pictures: Tensor) -> list[str]:
