@@ -138,7 +138,7 @@ class DiT4SRStudy(nn.Module):
     def summary(self) -> dict[str, Any]:
         """The settings as exported files carry them: of folders their names only."""
         settings = {name: value for name, value in asdict(self.config).items() if name not in _PLACES}
-        return {name: Path(value).name if name in ("photographs", "sd3", "codec") and value else value
+        return {name: Path(value).name if name in ("photographs", "sd3", "codec", "start") and value else value
                 for name, value in settings.items()}
 
     def sample_prompts(self) -> list[tuple[str, int]]:

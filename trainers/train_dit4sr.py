@@ -21,14 +21,15 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from ..nodes.common.autoencoder import KLAutoencoder
+from ..nodes.common.checkpoints import load_state, load_strict
 from ..nodes.common.codec import LinearCodec
 from ..nodes.common.degradation import DEGRADATIONS
 from ..nodes.common.memory import release_cached_memory
 from ..nodes.common.text import SD3TextEncoder
-from ..nodes.common.tiny import load_codec
+from ..nodes.common.tiny import FILES, load_codec
 from ..nodes.common.tiny_text import TinyTextConfig, TinyTextEncoder
 from ..nodes.dit4sr.config import PRESETS, Ablations, DiT4SRConfig
-from ..nodes.dit4sr.model import DiT4SRTransformer
+from ..nodes.dit4sr.model import DiT4SRTransformer, find_network
 from .cache import CachedItems, fingerprint
 from .data import Photographs
 from .dit4sr_cache import StoredPrompts, files_identity, fill_crops, open_cache
@@ -46,6 +47,7 @@ class DiT4SRTraining(FitConfig):
     preset: Literal["full", "tiny"] = option("full", "size of the network")
     sd3: str | None = option(None, "diffusers folder of Stable Diffusion 3.5 medium; needed at full size")
     codec: str | None = option(None, "tiny: the codec's file; None = the shipped one")
+    start: str | None = option(None, "tiny: folder that an earlier training exported; layers that it lacks start anew")
     train_base: bool | None = option(None, "train all weights, not the LR stream alone; None = at tiny size only")
     cache: str | None = option(None, "folder for latents and prompt embeddings, computed once (full size: 1.8 MB a "
                                      "crop); None = on the fly")
@@ -77,6 +79,8 @@ class DiT4SRTraining(FitConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.start and self.preset == "full":
+            raise ValueError("--start is for the tiny preset; at full size a training goes on with --resume.")
         if self.edge and self.preset == "full":
             raise ValueError(f"--edge is {self.edge}, but only the tiny codec lets gradients through; leave it at 0.")
 
@@ -125,6 +129,8 @@ def build(config: DiT4SRTraining, network: DiT4SRConfig | None = None) -> DiT4SR
         torch.manual_seed(config.seed)
         transformer, text = DiT4SRTransformer(network), TinyTextEncoder(TinyTextConfig(network.joint_attention_dim))
         transformer.init_from_scratch()
+        if config.start:
+            start_from(Path(config.start), transformer, text)
         text.requires_grad_(config.trains_base)
     elif config.sd3 is None:
         raise ValueError("--sd3 is missing: the folder of Stable Diffusion 3.5 medium, which the training starts from.")
@@ -139,6 +145,17 @@ def build(config: DiT4SRTraining, network: DiT4SRConfig | None = None) -> DiT4SR
     for parameter in transformer.unused_parameters():
         parameter.requires_grad_(False)
     return DiT4SRStudy(config, transformer, autoencoder, text)
+
+
+def start_from(folder: Path, transformer: DiT4SRTransformer, text: TinyTextEncoder) -> None:
+    """Loads what an earlier tiny training exported; a head that it had none of keeps its first values.
+
+    Raises: FileNotFoundError, MismatchedKeysError.
+    """
+    earlier = load_state(find_network(folder))
+    head = {name: value for name, value in transformer.state_dict().items() if name.startswith("head.")}
+    load_strict(transformer, head | earlier, source=folder)
+    load_strict(text, load_state(folder / FILES["text"]), source=folder)
 
 
 def load_text_encoders(config: DiT4SRTraining) -> SD3TextEncoder:

@@ -48,6 +48,7 @@ class DiT4SRConfig:
     variant: Variant = "r1"  # "v1" reproduces a slip in the keys of the LR stream of the first published weights
     injection_scale: float = 1.2  # factor of the injection at inference (published code); 1.0 in training
     anchor: Anchor = "none"  # "lr": the output is a residual on the LR latent (tiny family; not in the paper)
+    head_width: int = 0  # of a convolutional head over the output (tiny family; not in the paper); 0 = none
     shift: float = 3.0  # of the noise levels that are sampled at (FlowMatchEulerDiscreteScheduler)
     latent_shift: float = 0.0609  # z = (z_vae - shift) * scale
     latent_scale: float = 1.5305
@@ -133,7 +134,9 @@ def _require(name: str, value: Any, choices: tuple[Any, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; {' or '.join(map(repr, choices))} is expected.")
 
 
-_OWN_FIELDS = ("variant", "injection_scale", "anchor", "shift", "latent_shift", "latent_scale", "ablations")
+_OWN_FIELDS = (
+    "variant", "injection_scale", "anchor", "head_width", "shift", "latent_shift", "latent_scale", "ablations",
+)
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,7 @@ PRESETS: dict[str, Preset] = {
             dual_attention_layers=(0,),
             injection_scale=1.0,
             anchor="lr",
+            head_width=96,
             shift=1.0,
             latent_shift=0.0,
             latent_scale=1.0,

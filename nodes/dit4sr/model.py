@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..common import checkpoints
+from ..common.conv_head import ConvHead
 from .blocks import MMDiTControlBlock
 from .config import PUBLISHED_CLASS, Ablations, DiT4SRConfig, Variant
 
@@ -57,6 +58,7 @@ class DiT4SRTransformer(nn.Module):
         )
         self.norm_out = AdaLayerNormContinuous(dim, dim, elementwise_affine=False, eps=1e-6)
         self.proj_out = nn.Linear(dim, config.patch_size**2 * config.out_channels)
+        self.head = ConvHead(config.out_channels, config.in_channels, config.head_width) if config.head_width else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,6 +106,8 @@ class DiT4SRTransformer(nn.Module):
 
         tokens = self.proj_out(self.norm_out(streams.chunk(2, dim=1)[0], emb))
         output = rearrange(tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=patch, q=patch)
+        if self.head is not None:
+            output = self.head(output, lr_latent.to(output.dtype))
         return self._velocity(output.to(latent.dtype), latent, lr_latent.to(latent.dtype), timestep)
 
     def _velocity(self, output: Tensor, latent: Tensor, lr_latent: Tensor, timestep: Tensor) -> Tensor:
@@ -146,6 +150,8 @@ class DiT4SRTransformer(nn.Module):
         for layer in (self.norm_out.linear, self.proj_out):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+        if self.head is not None:
+            self.head.init_zero()
 
     def control_parameters(self) -> list[nn.Parameter]:
         """What the paper trains: everything with `control` in its name."""
