@@ -77,6 +77,8 @@ def fit(config: FitConfig, module: nn.Module, dataset: Samples, loss_fn: LossFn,
     Args:
         config: see `FitConfig`; a trainer's own subclass will do.
         module: the network, or a module that holds several; frozen parameters are neither trained nor checkpointed.
+            If it has a method `carried_state() -> dict[str, Tensor]`, its tensors are checkpointed, too, and filled
+            when a training is resumed: what the loss itself changes, such as a teacher.
         dataset: ``[i]`` for any i >= 0, or a dataset with a length, which is then shuffled endlessly.
         loss_fn, save_fn, sample_fn: see `LossFn`, `SaveFn`, `SampleFn` above.
     Returns: `FitResult`, on every process.
@@ -121,6 +123,7 @@ class _Run:
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=config.learning_rate, eps=config.adam_eps,
                                            betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
         self.ema = EMA(self.trained.items(), config.ema_decay)
+        self.carried = module.carried_state() if hasattr(module, "carried_state") else {}
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.mixed_precision == "fp16")
         self.window, self.step, self.last_means = Window(), 0, {}
         self.started = time.monotonic()
@@ -265,7 +268,8 @@ class _Run:
         if self.accelerator.is_main_process:
             state = {"step": self.step, "trained": {n: p.detach() for n, p in self.trained.items()},
                      "ema": self.ema.average, "optimizer": self.optimizer.state_dict(),
-                     "scaler": self.scaler.state_dict(), "window": self.window.values, "order": self._order(),
+                     "scaler": self.scaler.state_dict(), "carried": {n: t.detach() for n, t in self.carried.items()},
+                     "window": self.window.values, "order": self._order(),
                      "last_means": self.last_means, "seconds": time.monotonic() - self.started}
             write_checkpoint(self.output, self.step, state, self._export if self.save_fn else None)
             drop_old(self.output, self.config.keep_last)
@@ -302,6 +306,8 @@ class _Run:
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(state["trained"][name])
+            for name, value in self.carried.items():
+                value.copy_(state["carried"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.ema.load(state["ema"])

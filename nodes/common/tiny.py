@@ -12,6 +12,7 @@ CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
 FILES = {
     "codec": "codec.safetensors",
     "text": "text.safetensors",
+    "vision": "vision.safetensors",
     "dit4sr": "dit4sr_tiny.safetensors",
 }
 
