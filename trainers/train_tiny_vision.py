@@ -1,8 +1,8 @@
-"""Trains the tiny family's vision encoder on photographs, without labels: a small DINOv2 that looks through degradation.
+"""Trains the tiny family's vision encoder without labels: a small DINOv2 that sees through degradation.
 
     python -m fourfold.trainers.train_tiny_vision --photographs DIV2K --output_dir runs/tiny/vision
 
-The result is <output_dir>/checkpoints/step-*/export/vision.safetensors. Continue a stopped training with --resume latest.
+The result is <output_dir>/checkpoints/step-*/export/vision.safetensors. --resume latest continues a stopped training.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class VisionStudy(nn.Module):
 
 
 def _spread(tokens: Tensor) -> Tensor:
-    """Standard deviation of the normalised tokens (N, C) around their mean, over channels: 0 = collapsed, 1 = all apart."""
+    """How far the normalised tokens (N, C) lie from their mean: 0 = collapsed, 1 = in all directions."""
     return normalize(tokens.float(), dim=-1).std(dim=0, correction=0).square().sum().sqrt()
 
 

@@ -64,8 +64,8 @@ class VisionEncoder(nn.Module):
         self.network, self.preprocessing = network, preprocessing or Preprocessing()
         if self.preprocessing.crop % self.patch or self.preprocessing.crop > self.preprocessing.resize:
             raise ValueError(
-                f"the crop is {self.preprocessing.crop} px of a short side of {self.preprocessing.resize} px; it must be "
-                f"a multiple of the network's patch of {self.patch} px and not larger than the short side."
+                f"the crop is {self.preprocessing.crop} px of a short side of {self.preprocessing.resize} px; it must "
+                f"be a multiple of the network's patch of {self.patch} px and not larger than the short side."
             )
 
     @property
@@ -110,7 +110,7 @@ class VisionEncoder(nn.Module):
         return torch.cat([tokens[:, :, :1].mean(dim=0), *tokens[:, :, 1:].unbind(0)], dim=1)
 
     def null_features(self, batch: int = 1) -> Tensor:
-        """Tokens of the all-zero *normalised* picture, which InstantIR's guidance takes for "no picture": (batch, 1+N, C)."""
+        """Tokens of the all-zero *normalised* picture, InstantIR's "no picture": (batch, 1 + N, C)."""
         side = self.preprocessing.crop
         zero = torch.zeros(1, 3, side, side, device=self.device, dtype=self.dtype)
         return self.network(pixel_values=zero).last_hidden_state.expand(batch, -1, -1)
@@ -138,7 +138,7 @@ class VisionEncoder(nn.Module):
         return ((pixels - mean) / std).to(self.dtype)
 
     def squares(self, images: Tensor, fit: Fit = "crop") -> Tensor:
-        """The squares of the pictures that the network sees, not yet normalised: (K, B, 3, crop, crop), K 1 but to tile."""
+        """The squares that the network sees, not yet normalised: (K, B, 3, crop, crop), K = 1 unless `fit` is "tile"."""
         if fit not in FITS:
             raise ValueError(f"fit is {fit!r}; choose one of {', '.join(FITS)}.")
         images, sizes = _rgb(images), self.preprocessing
@@ -181,7 +181,7 @@ class VisionEncoder(nn.Module):
     @classmethod
     def _from_file(cls, path: Path, dtype: torch.dtype | None) -> VisionEncoder:
         header = checkpoints.read_header(path)
-        checkpoints.require_family(header, "vision", path, f"Choose a DINOv2 folder ({PAGE}) or the tiny family's file.")
+        checkpoints.require_family(header, "vision", path, f"Choose a DINOv2 folder ({PAGE}) or vision.safetensors.")
         encoder = cls.new(header.config["network"], Preprocessing(**header.config["preprocessing"]))
         state = {name: value.float() for name, value in checkpoints.load_state(path).items()}
         checkpoints.load_strict(encoder.network, state, source=path)
