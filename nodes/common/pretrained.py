@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import transformers
 from packaging.version import Version
+from torch import Tensor
 
 from .errors import MismatchedKeysError
 
@@ -55,10 +56,31 @@ def load_pretrained(model_class: type, folder: str | Path, dtype: torch.dtype | 
         variant = "fp16" if next(folder.glob("model*fp16*.safetensors"), None) else None
     model, report = model_class.from_pretrained(
         folder, local_files_only=True, output_loading_info=True, variant=variant, **{_DTYPE: dtype or "auto"})
+    return _complete(model, report, folder, "Download the folder's files again, config.json and weights from the same "
+                                            "page.")
+
+
+def fill_pretrained(model_class: type, config: transformers.PretrainedConfig, state: dict[str, Tensor],
+                    source: str | Path, dtype: torch.dtype | None = None) -> torch.nn.Module:
+    """As `load_pretrained`, for weights without a folder around them.
+
+    Args:
+        config: sizes of the model.
+        state: its weights, under the names that transformers writes.
+        source: named in the error.
+        dtype: None keeps the precision of the weights.
+    Raises: MismatchedKeysError.
+    """
+    dtype = dtype or next(value.dtype for value in state.values() if value.is_floating_point())
+    model, report = model_class.from_pretrained(
+        None, config=config, state_dict=state, output_loading_info=True, **{_DTYPE: dtype})
+    return _complete(model, report, Path(source), "Download it again.")
+
+
+def _complete(model: torch.nn.Module, report: dict, source: Path, hint: str) -> torch.nn.Module:
     wrong = {"missing": report["missing_keys"], "of another shape": report["mismatched_keys"]}
     found = "; ".join(f"{len(keys)} {kind}: {', '.join(sorted(map(str, keys))[:8])}"
                       for kind, keys in wrong.items() if keys)
     if found:
-        raise MismatchedKeysError(f"{folder} does not hold a complete {type(model).__name__}: {found}. "
-                                  "Download the folder's files again, config.json and weights from the same page.")
+        raise MismatchedKeysError(f"{source} does not hold a complete {type(model).__name__}: {found}. {hint}")
     return model.eval().requires_grad_(False)

@@ -11,7 +11,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+from transformers import (
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerBase,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from .pretrained import load_pretrained, require_model_folder
 
@@ -117,8 +123,6 @@ class SD3TextEncoder(nn.Module):
         Returns: prompt_embeds (B, 77 + t5_length, 4096) and pooled (B, 768 + 1280), device and dtype of CLIP-L.
         Raises: ValueError for something else than a list of texts.
         """
-        if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError(f"prompts must be a list of at least one text, got {prompts!r}.")
         hidden, pooled = zip(*(self._clip(i, prompts) for i in (0, 1)), strict=True)
         clip = torch.cat(hidden, dim=-1)
         clip = F.pad(clip, (0, self.width - clip.shape[-1]))
@@ -138,14 +142,23 @@ class SD3TextEncoder(nn.Module):
         return self.t5(self._tokenize(2, prompts, length)).last_hidden_state
 
     def _tokenize(self, index: int, prompts: list[str], length: int) -> Tensor:
-        tokenizer = self.tokenizers[index]
-        for ids in tokenizer(prompts, truncation=False, verbose=False).input_ids:
-            if len(ids) > length:
-                rest = tokenizer.decode(ids[length - 1:-1], skip_special_tokens=True)
-                log.warning("text encoder %d reads %d tokens; this end of a prompt was cut off: %r",
-                            index + 1, length, rest)
-        tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        return tokens.input_ids.to(self.device)
+        return tokenize(self.tokenizers[index], prompts, length, f"text encoder {index + 1}").to(self.device)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[str], length: int, reader: str) -> Tensor:
+    """Token ids of prompts, padded or cut to `length`: (B, length). A warning says what was cut off.
+
+    Args:
+        reader: who reads the tokens, for the warning: "text encoder 1".
+    Raises: ValueError for something else than a list of texts.
+    """
+    if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"prompts must be a list of at least one text, got {prompts!r}.")
+    for ids in tokenizer(prompts, truncation=False, verbose=False).input_ids:
+        if len(ids) > length:
+            rest = tokenizer.decode(ids[length - 1:-1], skip_special_tokens=True)
+            log.warning("%s reads %d tokens; this end of a prompt was cut off: %r", reader, length, rest)
+    return tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
 def _load(folder: Path, suffix: str, encoder_class: type, tokenizer_class: type, dtype: torch.dtype | None) -> tuple:
