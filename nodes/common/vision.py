@@ -138,7 +138,7 @@ class VisionEncoder(nn.Module):
         return ((pixels - mean) / std).to(self.dtype)
 
     def squares(self, images: Tensor, fit: Fit = "crop") -> Tensor:
-        """The squares that the network sees, not yet normalised: (K, B, 3, crop, crop), K = 1 unless `fit` is "tile"."""
+        """The squares that the network sees, not yet normalised: (K, B, 3, crop, crop), K = 1 unless `fit` is tile."""
         if fit not in FITS:
             raise ValueError(f"fit is {fit!r}; choose one of {', '.join(FITS)}.")
         images, sizes = _rgb(images), self.preprocessing
