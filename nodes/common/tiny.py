@@ -14,6 +14,7 @@ FILES = {
     "text": "text.safetensors",
     "vision": "vision.safetensors",
     "dit4sr": "dit4sr_tiny.safetensors",
+    "instantir": "instantir_tiny.safetensors",
 }
 
 
@@ -35,6 +36,11 @@ def tiny_checkpoint(name: str) -> Path:
         where=str(CHECKPOINTS),
         page="the repository itself: clone it whole, or rebuild the family with trainers/train_tiny.sh",
     )
+
+
+def is_tiny(model: str | Path) -> bool:
+    """Whether `model` means tiny weights: "tiny", the shipped ones, or a folder that a tiny training has exported."""
+    return str(model) == "tiny" or (Path(model) / FILES["text"]).is_file()
 
 
 def available_methods() -> list[str]:
