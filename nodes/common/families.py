@@ -196,6 +196,7 @@ _RULES: list[tuple[str, Callable[[_Keys], bool]]] = [  # the first that matches 
     ("sd3", lambda k: _joint_blocks(k) or _sd3_diffusers(k)),
     ("flux", _is_flux_dev),
     ("flux_schnell", _flux_like),
+    ("instancersr", lambda k: "control.projections.0.weight" in k),
     ("dit", lambda k: k.has("norm1.emb.class_embedder.embedding_table.weight", "y_embedder.embedding_table.weight")),
     ("sdxl", _ldm_unet(adm=2816)),
     ("sdxl_refiner", _ldm_unet(adm=2560)),

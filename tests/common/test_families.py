@@ -67,6 +67,8 @@ CASES = [
     ("flux", prefixed(LDM, FLUX) | {f"{LDM}guidance_in.in_layer.weight": (3072, 256)} | TEXT_ALONG),
     ("flux", FLUX_FOLDER | {"time_text_embed.guidance_embedder.linear_1.weight": (3072, 256)}),
     ("flux_schnell", FLUX_FOLDER),
+    ("instancersr", {"transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight": (1001, 1152),
+                     "control.projections.0.weight": (1152, 1152)}),
     ("dit", {"transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight": (1001, 1152)}),
     ("dit", {"y_embedder.embedding_table.weight": (1001, 1152), "blocks.0.attn.qkv.weight": (3456, 1152)}),
     ("instantir_adapter", {"image_proj.latents": (1, 64, 1280), "ip_adapter.1.ln_k_ip.linear.weight": (2560, 1280)}),
