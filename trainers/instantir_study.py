@@ -26,7 +26,6 @@ LICENCES = {  # preset -> of the exported weights
 HELD_OUT = 10**12  # index of the first sample picture's crop: far beyond those that are trained on
 _PLACES = ("output_dir", "resume")  # paths that say nothing about the weights
 _FILES = ("photographs", "sdxl", "dino", "start", "codec", "text", "vision", "adapter", "previewer", "aggregator")
-SMALLEST, LARGEST = 64, 2048  # pixels, sizes that the tiny network is told of
 
 
 @dataclass(frozen=True)
@@ -120,18 +119,11 @@ class InstantIRStudy(nn.Module):
         with torch.set_grad_enabled(any(p.requires_grad for p in self.text.parameters())):
             return self.text.encode(["" if n else c for c, n in zip(captions, null.tolist(), strict=True)])
 
-    def time_ids(self, hr: Tensor, generator: torch.Generator) -> Tensor:
-        """SDXL's size conditioning (B, 6): height and width of the picture, its corner, height and width again.
-
-        not in the paper: the tiny network is told sizes that are drawn at random, up to 2048 px, so that they do not
-        matter to it: it learns from small crops alone and then draws the windows of pictures of any size.
-        """
-        batch, (height, width) = len(hr), hr.shape[-2:]
-        sizes = torch.tensor([[height, width]]).expand(batch, 2)
-        if self.config.preset == "tiny":
-            octaves = torch.rand(batch, 2, generator=generator) * torch.tensor(LARGEST / SMALLEST).log2()
-            sizes = (SMALLEST * 2**octaves / 8).round() * 8
-        return torch.cat([sizes, torch.zeros(batch, 2), sizes], dim=1).to(hr.device, torch.float32)
+    @staticmethod
+    def time_ids(hr: Tensor) -> Tensor:
+        """SDXL's size conditioning (B, 6): height and width of the picture, its corner, height and width again."""
+        height, width = hr.shape[-2:]
+        return torch.tensor([height, width, 0, 0, height, width], device=hr.device).float().expand(len(hr), 6)
 
     def noised(self, z: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Timesteps (B,), all equally likely, noise, and x_t = alpha z + sigma noise, like z."""

@@ -22,6 +22,7 @@ from ..nodes.common.images import write_image
 from ..nodes.common.sampling import cpu_noise, guidance_mix
 from ..nodes.common.tiny import FILES
 from ..nodes.instantir.config import PRESETS, InstantIRConfig
+from ..nodes.instantir.losses import diffusion_loss
 from ..nodes.instantir.model import InstantIR
 from .data import Photographs
 from .fit import FitResult, fit, option, parse
@@ -51,9 +52,8 @@ class BaseStudy(InstantIRStudy):
         t, noise, x = self.noised(z, generator)
         null = torch.rand(len(z), generator=generator) < self.config.null_prompt
         text = self.prompts(batch["caption"], null)
-        output = self.model(x, t, text.prompt_embeds, text.pooled, self.time_ids(batch["hr"], generator))
-        alpha, sigma = (level[:, None, None, None] for level in self.model.alpha_sigma(t))
-        return (output.float() - (alpha * noise - sigma * z)).square().mean()
+        output = self.model(x, t, text.prompt_embeds, text.pooled, self.time_ids(batch["hr"]))
+        return diffusion_loss(output, z, noise, *self.model.alpha_sigma(t), self.model.config.prediction)
 
     def save(self, state: dict[str, Tensor], folder: Path, step: int) -> None:
         super().save(state, folder, step)
@@ -71,7 +71,7 @@ class BaseStudy(InstantIRStudy):
         scheduler.set_timesteps(SAMPLE_STEPS)
         device = self.model.device
         text, null = (self.text.encode(p) for p in ([item["caption"] for item in self.samples], [""] * len(hr)))
-        sizes = torch.tensor([[*hr.shape[-2:], 0, 0, *hr.shape[-2:]]], device=device).expand(len(hr), 6)
+        sizes = self.time_ids(hr).to(device)
         side = self.config.crop // self.autoencoder.downscale
         x = cpu_noise(0, (len(hr), network.unet["in_channels"], side, side)).to(device)
         for t in scheduler.timesteps:
