@@ -23,6 +23,8 @@ FAMILIES = {  # name -> "this is ..."
     "sd35_medium": "a Stable Diffusion 3.5 medium checkpoint",
     "sd35_large": "a Stable Diffusion 3.5 large checkpoint",
     "flux": "a FLUX.1-dev transformer (with guidance embedding)",
+    "flux_tools": "a FLUX.1 transformer with further inputs (Fill, Depth or Canny)",
+    "flux2": "a FLUX.2 transformer",
     "flux_schnell": "a FLUX transformer without guidance embedding (FLUX.1-schnell)",
     "dit": "a class-conditional DiT (the base of InstanceRSR)",
     "instantir_adapter": "InstantIR's adapter (DCP resampler and time-aware cross-attention)",
@@ -168,6 +170,17 @@ def _flux_like(keys: _Keys) -> bool:
             ) or (keys.starts("single_transformer_blocks.") and keys.starts("x_embedder."))
 
 
+def _is_flux2(keys: _Keys) -> bool:
+    return _flux_like(keys) and keys.starts("double_stream_modulation_img.")
+
+
+def _is_flux_tools(keys: _Keys) -> bool:
+    folder = "x_embedder.weight" in keys
+    ends = ("x_embedder.weight", "proj_out.weight") if folder else ("img_in.weight", "final_layer.linear.weight")
+    taken, given = (keys.shapes.get(name, ()) for name in ends)
+    return _flux_like(keys) and len(taken) == len(given) == 2 and taken[1] != given[0]
+
+
 def _is_flux_dev(keys: _Keys) -> bool:
     return _flux_like(keys) and keys.has("guidance_in.in_layer.", "time_text_embed.guidance_embedder.")
 
@@ -194,6 +207,9 @@ _RULES: list[tuple[str, Callable[[_Keys], bool]]] = [  # the first that matches 
     ("sd35_medium", _is_sd35_medium),
     ("sd35_large", _is_sd35_large),
     ("sd3", lambda k: _joint_blocks(k) or _sd3_diffusers(k)),
+    ("dreamsr", lambda k: k.has("control.image_injections.0.")),
+    ("flux2", _is_flux2),
+    ("flux_tools", _is_flux_tools),
     ("flux", _is_flux_dev),
     ("flux_schnell", _flux_like),
     ("instancersr", lambda k: "control.projections.0.weight" in k),

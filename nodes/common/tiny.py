@@ -15,6 +15,7 @@ FILES = {
     "vision": "vision.safetensors",
     "dit4sr": "dit4sr_tiny.safetensors",
     "instantir": "instantir_tiny.safetensors",
+    "dreamsr": "dreamsr_tiny.safetensors",
     "instancersr": "instancersr_tiny.safetensors",
 }
 

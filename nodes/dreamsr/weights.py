@@ -42,7 +42,9 @@ def read_config(path: str | Path) -> tuple[DreamSRConfig, tuple[str, ...]]:
     file = find_network(path)
     header = checkpoints.read_header(file)
     checkpoints.require_family(header, "dreamsr", file, _TRAIN)
-    content = header.config
+    if not (content := header.config):
+        raise WrongFileError(f"{file} has lost its description (the metadata of a safetensors file): another program "
+                             "has written it. Choose the file as it was trained.")
     parts = tuple(content.pop("parts", PARTS))
     config = DreamSRConfig.from_json(content)
     return (config if "ra_lora" in parts else replace(config, lora_rank=0)), parts
