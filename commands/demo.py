@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .files import write_text
-from .options import METHODS, at_least
+from .options import METHODS, at_least, seed
 
 if TYPE_CHECKING:
     from ..nodes.common.evaluation import Pair, Restorer
@@ -30,8 +30,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
                        "~/comfy/ComfyUI, else the one that the suite is installed in)")
     parser.add_argument("--method", action="append", choices=METHODS, help="repeat for several (default: all)")
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="only the first N photographs")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of the noise (default: 0)")
-    parser.add_argument("--device", help="cpu, cuda, ... when in process (default: the best there is)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the noise (default: 0)")
+    parser.add_argument("--device", metavar="NAME",
+                        help="cpu, cuda, cuda:1, mps or xpu, when in process (default: the best there is)")
     parser.set_defaults(run=run, model="tiny", base=None)
 
 
@@ -39,15 +40,18 @@ def run(options: argparse.Namespace) -> int:
     """Makes the pictures, then measures, prints and writes."""
     from ..nodes.common.evaluation import BICUBIC, bicubic, evaluate, summarise
     from ..nodes.common.image_files import write_image
+    from .checks import check_options
     from .evaluate import as_csv, format_table
     from .sheet import write_sheet
 
+    methods = options.method or METHODS
+    check_options(options, methods)
     pairs = examples(options.limit)
     options.out.mkdir(parents=True, exist_ok=True)
     pictures: dict[str, dict] = {pair.name: {BEFORE: bicubic(pair.lr)} for pair in pairs}
     made: dict[str, Restorer] = {}
     spent = {}
-    for method in options.method or METHODS:
+    for method in methods:
         with contextlib.ExitStack() as stack:
             started = time.perf_counter()
             engine = open_engine(method, options, stack)
@@ -60,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
                 target = options.out / f"{pair.name}-{method}.png"
                 write_image(target, picture)
                 print(f"{method}: {pair.name}, {pair.lr.shape[-1]} x {pair.lr.shape[-2]} -> {width} x {height} px, "
-                      f"{seconds:.1f} s, {target}")
+                      f"{seconds:.1f} s, {target}", flush=True)
             spent[method]["peak_memory_bytes"] = engine.peak_memory()
         made[method] = _looked_up(method, pictures, pairs)
     for pair in pairs:
@@ -75,6 +79,7 @@ def run(options: argparse.Namespace) -> int:
         for method in means:  # here these are the times of a look-up; the real ones are in `spent`
             del means[method]["seconds"]
         write_text(options.out / "scores.csv", as_csv(rows, metrics))
+        print(f"means over {len(pairs)} photographs, compared with the clean originals (↑ more is better, ↓ less is)")
         print(format_table(means, metrics))
     else:
         print(f"no quality measured: {why_not}")
@@ -105,18 +110,18 @@ def open_engine(method: str, options: argparse.Namespace, stack: contextlib.Exit
     from .engines import InComfyUI, InProcess, tiny_workflow
 
     if options.in_process:
-        print(f"{method}: in this process, as asked")
+        print(f"{method}: in this process, as asked", flush=True)
         return InProcess(method, options)
     try:
         tiny_workflow(method)  # before a server is started for nothing
         server = ComfyServer(options.comfyui or find_comfyui())
-        print(f"{method}: in ComfyUI, starting the one at {server.comfyui}")
+        print(f"{method}: in ComfyUI, starting the one at {server.comfyui}", flush=True)
         stack.enter_context(server)
     except (FileNotFoundError, ServerError) as error:
         if options.comfyui:
             raise
         log.info("%s", error)
-        print(f"{method}: in this process, because: {str(error).splitlines()[0]}")
+        print(f"{method}: in this process, because: {str(error).splitlines()[0]}", flush=True)
         return InProcess(method, options)
     return InComfyUI(method, server)
 

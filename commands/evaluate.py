@@ -47,20 +47,23 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from ..nodes.common.degradation import DEGRADATIONS
-    from ..nodes.common.evaluation import BICUBIC, CLEAN, bicubic, evaluate, judge, summarise, validation_pairs
+    from ..nodes.common.evaluation import BICUBIC, CLEAN, bicubic, evaluate, summarise, validation_pairs
     from ..nodes.common.metrics import MEASURES, load_metrics
+    from ..nodes.common.verdict import judge
+    from .checks import check_options
     from .methods import Method
 
     if options.degradation not in DEGRADATIONS:
         raise ValueError(f"unknown degradation {options.degradation!r}; there are {', '.join(DEGRADATIONS)}.")
     if options.sheet and options.out is None:
         raise ValueError("--sheet needs --out, the folder to write it to.")
+    methods = [] if options.baseline_only else options.method or list(METHODS)
+    check_options(options, methods)
     if options.threads:
         torch.set_num_threads(options.threads)
     metrics = load_metrics(niqe_parameters=options.niqe_parameters)
     left_out = [MEASURES[name].label for name in MEASURES if name not in metrics]
     pairs = validation_pairs(options.data, DEGRADATIONS[options.degradation], crop=options.crop, limit=options.limit)
-    methods = [] if options.baseline_only else options.method or list(METHODS)
     restorers: dict[str, Restorer] = {BICUBIC: bicubic, **{name: Method(name, options) for name in methods}}
 
     shown: dict[int, dict[str, torch.Tensor]] = {pair.index: {} for pair in pairs[:options.sheet or 0]}
@@ -75,22 +78,22 @@ def run(options: argparse.Namespace) -> int:
     for pair in pairs[:len(shown)]:
         shown[pair.index][CLEAN] = pair.hr
     means = summarise(rows)
-    verdicts = {name: judge(means, name, metrics) for name in methods}
+    verdicts = {name: judge(means, name) for name in methods}
 
     print(f"{len(pairs)} photographs, centre crops of {options.crop} px, degradation {options.degradation}, x4")
     print(format_table(means, metrics))
     if left_out:
         print(f"left out: {', '.join(left_out)} (no parameter file; see --niqe-parameters)")
     for name, verdict in verdicts.items():
-        print(f"{name}: {'clears' if verdict.passed else 'does not clear'} the bar")
-        print("\n".join(f"  {reason}" for reason in verdict.reasons))
+        print(f"{name}: {verdict}", *(f"  {reason}" for reason in verdict.reasons), sep="\n")
     if options.out is not None:
         summary = {"data": str(options.data), "photographs": len(pairs), "crop": options.crop,
                    "degradation": options.degradation, "model": options.model,
                    "captioner": options.captioner, "settings": sampling_settings(options),
                    "torch": torch.__version__, "left_out": left_out,
                    "means": {method: _defined(scores) for method, scores in means.items()},
-                   "verdicts": {name: {"passed": v.passed, "reasons": v.reasons} for name, v in verdicts.items()}}
+                   "verdicts": {name: {"passed": v.passed, "reasons": v.reasons,
+                                       "not_measured": v.not_measured} for name, v in verdicts.items()}}
         _write(options.out, as_csv(rows, metrics), summary, list(shown.values()))
     return 0
 

@@ -11,17 +11,21 @@ COLOR_FIXES = ("adain", "wavelet", "none")
 SAMPLING = ("steps", "prompt", "negative", "guidance", "start_sigma", "tile", "overlap", "tile_batch", "color_fix")
 
 
-def at_least(minimum: int) -> Callable[[str], int]:
-    """An argparse type: a whole number of `minimum` or more."""
+def at_least(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
+    """An argparse type: a whole number of `minimum` or more, up to `maximum`."""
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = minimum - 1
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"a whole number of at least {minimum} is expected, not {text!r}")
+        if value < minimum or (maximum is not None and value > maximum):
+            limit = "" if maximum is None else f" and at most {maximum}"
+            raise argparse.ArgumentTypeError(f"a whole number of at least {minimum}{limit} is expected, not {text!r}")
         return value
     return parse
+
+
+seed = at_least(0, 2**64 - 1)
 
 
 def fraction(text: str) -> float:
@@ -63,7 +67,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--captioner", default="embedded", metavar="embedded|FOLDER",
                        help="what describes the picture where no --prompt is given: measurements, or the image-to-text "
                             "model of transformers in a folder (default: embedded)")
-    group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps or xpu (default: the best there is)")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:

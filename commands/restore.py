@@ -3,24 +3,14 @@
 import argparse
 import json
 import sys
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
 from pathlib import Path
 
-from .options import METHODS, add_model_options, add_sampling_options, at_least, dimensions, positive
+from .jobs import ALWAYS, NEVER, RENAME, Failure, Job, free, plan, sort_out
+from .options import METHODS, add_model_options, add_sampling_options, dimensions, positive, seed
 from .version import package_version
 
 FORMATS = ("png", "jpg", "webp", "tif")
-NEVER, ALWAYS, RENAME = "never", "always", "rename"
-
-
-@dataclass(frozen=True)
-class Job:
-    """One photograph and the file that its restoration goes to."""
-
-    source: Path
-    target: Path
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -37,87 +27,61 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--scale", type=positive, default=4.0, help="factor of the sides (default: 4)")
     target.add_argument("--size", type=dimensions, metavar="WxH", help="exact size in px, instead of --scale")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of the noise; one for all (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the noise; one for all (default: 0)")
     add_model_options(parser)
     add_sampling_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Restores all inputs. Returns 0, or 1 if any of them failed."""
-    jobs = plan(options.inputs, options.out, options.format, recursive=options.recursive)
-    waiting = [job for job in jobs if options.overwrite != NEVER or not job.target.exists()]
-    for job in jobs:
-        if job not in waiting:
-            print(f"{job.source}: skipped, {job.target} exists (see --overwrite)")
-    failed: list[Job] = []
-    if waiting:
-        from .methods import Method
+    """Restores all inputs, a line each. Returns 0, or 1 if any of them failed; those are listed at the end."""
+    from .checks import check_options
 
-        method = Method(options.method, options)
-        for number, job in enumerate(waiting, 1):
-            try:
-                target = _restore(job, method, options, label=f"[{number}/{len(waiting)}] {job.source.name}")
-                print(f"{job.source} -> {target}")
-            except (ValueError, OSError, RuntimeError) as error:
-                failed.append(job)
-                print(f"{job.source}: FAILED: {error}", file=sys.stderr)
-    print(f"{len(waiting) - len(failed)} restored, {len(jobs) - len(waiting)} skipped, {len(failed)} failed")
-    return 1 if failed else 0
+    check_options(options, [options.method])
+    jobs, failures = plan(options.inputs, options.out, options.format, recursive=options.recursive)
+    waiting, skipped, refused = sort_out(jobs, options.overwrite)
+    failures += refused
+    for failure in failures:
+        _report(failure)
+    for job in skipped:
+        print(f"{job.source}: skipped, {job.target} exists (see --overwrite)")
+    restored = _restore_all(waiting, options, failures) if waiting else 0
+    print(f"{restored} restored, {len(skipped)} skipped, {len(failures)} failed", flush=True)
+    if failures and len(jobs) > 1:  # the lines above may be long gone
+        print("failed:", *(f"  {failure.source}: {failure.reason}" for failure in failures), sep="\n", file=sys.stderr)
+    return 1 if failures else 0
 
 
-def plan(inputs: Sequence[Path], out: Path, suffix: str, *, recursive: bool = False) -> list[Job]:
-    """Which file goes where. Does not touch any picture.
+def _restore_all(jobs: list[Job], options: argparse.Namespace, failures: list[Failure]) -> int:
+    """Loads the weights and restores; what fails is added to `failures`. Returns how many were restored."""
+    from .methods import Method
 
-    A folder's pictures keep their place below it (with `recursive`). Photographs that would share a result keep their
-    own ending in its name: a.jpg and a.png become a-jpg.png and a-png.png; what still clashes is numbered. The names
-    depend on the inputs alone, so the same command finds its earlier results again; an `out` that lies inside one of
-    the folders is not taken for photographs.
-
-    Raises: FileNotFoundError for an input that does not exist or a folder without pictures.
-    """
-    from ..nodes.common.evaluation import list_photographs
-
-    found: dict[Path, Path] = {}  # source -> target without its ending
-    for given in inputs:
-        if given.is_dir():
-            own_results = out.resolve() if given.resolve() in out.resolve().parents else None
-            for file in list_photographs(given, recursive):
-                if own_results is None or own_results not in file.resolve().parents:
-                    found.setdefault(file, out / file.relative_to(given).with_suffix(""))
-        elif given.is_file():
-            found.setdefault(given, out / given.stem)
-        else:
-            raise FileNotFoundError(f"there is no file or folder {given}.")
-    sharing = Counter(found.values())
-    taken: set[Path] = set()
-    jobs = []
-    for source, stem in found.items():
-        if sharing[stem] > 1:
-            stem = stem.with_name(f"{stem.name}-{source.suffix.lstrip('.').lower()}")
-        target = _free(stem.with_name(f"{stem.name}.{suffix}"), lambda path: path in taken)
-        taken.add(target)
-        jobs.append(Job(source, target))
-    return jobs
+    restored = 0
+    method = Method(options.method, options)
+    for number, job in enumerate(jobs, 1):
+        place = f"[{number}/{len(jobs)}] "
+        try:
+            done = _restore(job, method, options, place + job.source.name)
+            restored += 1
+            print(f"{place}{job.source} -> {done}", flush=True)  # now, also where the output is a file or a pipe
+        except (ValueError, OSError, RuntimeError) as error:
+            failures.append(Failure(job.source, str(error)))
+            _report(failures[-1], place)
+    return restored
 
 
-def _free(path: Path, is_taken) -> Path:
-    """The path, or the first of name-2, name-3, ... that is not taken."""
-    candidate, number = path, 1
-    while is_taken(candidate):
-        number += 1
-        candidate = path.with_name(f"{path.stem}-{number}{path.suffix}")
-    return candidate
+def _report(failure: Failure, place: str = "") -> None:
+    print(f"{place}{failure.source}: FAILED: {failure.reason}", file=sys.stderr, flush=True)
 
 
-def _restore(job: Job, method, options: argparse.Namespace, label: str) -> Path:
+def _restore(job: Job, method, options: argparse.Namespace, label: str) -> str:
+    """Restores one photograph, on a terminal with a bar. Returns where it went, its sizes and how long it took."""
     from tqdm import tqdm
 
     from ..nodes.common.image_files import read_image, write_image
 
-    target = _free(job.target, Path.exists) if options.overwrite == RENAME else job.target
-    if target.exists() and target.samefile(job.source):
-        raise ValueError(f"the result {target} would replace the photograph itself; choose another --out.")
+    started = time.perf_counter()
+    target = free(job.target, Path.exists) if options.overwrite == RENAME else job.target
     lr = read_image(job.source)
     if options.format == "jpg" and lr.shape[1] in (2, 4):  # before the work, not after it
         raise ValueError(f"{job.source} has transparency, which JPEG cannot hold; choose --format png, webp or tif.")
@@ -129,7 +93,8 @@ def _restore(job: Job, method, options: argparse.Namespace, label: str) -> Path:
 
         sr = method(lr, options.seed, scale=options.scale, size=options.size, on_step=on_step)
     write_image(target, sr, metadata(method, options, job.source))
-    return target
+    before, after = (f"{picture.shape[-1]} x {picture.shape[-2]}" for picture in (lr, sr))
+    return f"{target} ({before} -> {after} px, {time.perf_counter() - started:.1f} s)"
 
 
 def metadata(method, options: argparse.Namespace, source: Path) -> dict[str, str]:

@@ -33,7 +33,8 @@ def find_comfyui(suite: Path = SUITE, environment: Mapping[str, str] = os.enviro
         if (path / "main.py").is_file() and (path / "folder_paths.py").is_file():
             return path
     looked = ", ".join(str(path) for path in candidates)
-    raise FileNotFoundError(f"No ComfyUI found (looked in {looked}). Set COMFYUI_PATH to the folder of a ComfyUI.")
+    raise FileNotFoundError(f"there is no ComfyUI in {looked}; to use one that lies elsewhere, set COMFYUI_PATH to "
+                            "its folder.")
 
 
 def find_python(comfyui: Path, environment: Mapping[str, str] = os.environ) -> Path:

@@ -42,7 +42,7 @@ def torch_index() -> list[str]:
         with urllib.request.urlopen(f"{CPU_BUILDS}/torch/", timeout=10):
             return ["--extra-index-url", CPU_BUILDS]
     except OSError as error:
-        say(f"no CPU builds of torch from {CPU_BUILDS} ({error}): taking PyPI's, which are larger")
+        say(f"no CPU builds of torch from {CPU_BUILDS} ({error}): taking PyPI's, several gigabytes with CUDA")
         return []
 
 
@@ -67,9 +67,9 @@ def say(text: str) -> None:
     print(f"[{Path(__file__).name}] {text}", flush=True)
 
 
-def run(*command) -> int:
-    """Runs the environment's Python in the suite's folder; returns the exit code."""
-    return subprocess.run([str(part) for part in (python(), *command)], cwd=ROOT, check=False).returncode
+def run(*command, folder: Path | None = ROOT) -> int:
+    """Runs the environment's Python in a folder (None: where the user is); returns the exit code."""
+    return subprocess.run([str(part) for part in (python(), *command)], cwd=folder, check=False).returncode
 
 
 def main(arguments: list[str]) -> None:
@@ -80,7 +80,10 @@ def main(arguments: list[str]) -> None:
     task, rest = arguments[0], arguments[1:]
     set_up(EXTRAS[task])
     if task == "demo":
-        sys.exit(run("-m", "fourfold.cli", "demo", *rest))
+        code = run("-m", "fourfold.cli", "demo", *rest, folder=None)
+        if code == 0:
+            say(f"your own photographs: {python().with_name('fourfold')} restore photo.jpg")
+        sys.exit(code)
     lint = run("-m", "ruff", "check", ".")
     sys.exit(run("-m", "pytest", "-q", *(rest or ["-m", "not slow"])) or lint)
 

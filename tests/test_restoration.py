@@ -1,6 +1,7 @@
 """`fourfold.restore`: one call for every method, with an untrained tiny family."""
 
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import fourfold
@@ -82,20 +83,26 @@ def test_the_captioner_is_the_methods_own_unless_a_folder_is_named(tmp_path, mon
     assert used[1]["prompt"] == ["a door", "a door"] and asked == [str(tmp_path)]
 
 
-def test_the_last_weights_leave_before_others_come(monkeypatch):
-    kept = []
+def test_the_last_weights_leave_before_others_come(tmp_path, monkeypatch):
+    kept, (a, b) = [], (str(tmp_path / name) for name in "ab")
+    for folder in (a, b):
+        Path(folder).mkdir()
     module = SimpleNamespace(load_system=lambda *_, **__: kept.append(len(restoration._loaded)) or object())
     monkeypatch.setattr(restoration, "import_module", lambda *_: module)
-    first = restoration.load_system("dit4sr", "a", None, None)
-    assert restoration.load_system("dit4sr", "a", None, None) is first
-    assert restoration.load_system("dit4sr", "b", None, None) is not first and kept == [0, 0]
+    first = restoration.load_system("dit4sr", a, None, None)
+    assert restoration.load_system("dit4sr", a, None, None) is first
+    assert restoration.load_system("dit4sr", b, None, None) is not first and kept == [0, 0]
 
 
 def test_mistakes_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no method 'esrgan'; choose one of dit4sr"):
         fourfold.restore(picture(1, 3, 8, 8), method="esrgan")
-    with pytest.raises(FileNotFoundError, match=r"DiT4SR transformer is missing.*nowhere.*acceptee/DiT4SR"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere', but there is no such file.*acceptee/DiT4SR"):
         fourfold.restore(picture(1, 3, 8, 8), model=tmp_path / "nowhere", device="cpu")
+    with pytest.raises(ValueError, match=r"tiny weights .* bring their own VAE"):
+        fourfold.restore(picture(1, 3, 8, 8), base=tmp_path)
+    with pytest.raises(ValueError, match="there is no device 'gpu'"):
+        fourfold.restore(picture(1, 3, 8, 8), device="gpu")
     with pytest.raises(ValueError, match="steps is 0"):
         fourfold.restore(picture(1, 3, 8, 8), steps=0, device="cpu")
     restoration._loaded.clear()

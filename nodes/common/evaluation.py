@@ -142,44 +142,6 @@ def summarise(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
     return {method: {name: _mean(values) for name, values in scores.items()} for method, scores in collected.items()}
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a method clears the bar of the tiny family, and why (not); one sentence a condition."""
-
-    passed: bool
-    reasons: tuple[str, ...]
-
-
-def judge(means: Mapping[str, Mapping[str, float]], method: str, metrics: Mapping[str, Metric],
-          baseline: str = BICUBIC) -> Verdict:
-    """The bar: better than bicubic on three of SSIM, FSIM, GMSD and NLPD; at most 0.5 dB of PSNR lost; NIQE nearer to
-    the clean photographs' than bicubic's. What was not measured cannot pass.
-    """
-    ours, theirs = means[method], means[baseline]
-    conditions = []
-    structure = [name for name in ("ssim", "fsim", "gmsd", "nlpd") if name in ours and name in theirs]
-    better = [name for name in structure
-              if (ours[name] < theirs[name] if metrics[name].measure.lower_better else ours[name] > theirs[name])]
-    labels = ", ".join(metrics[name].measure.label for name in better) or "none"
-    found = f"better than {baseline} on {len(better)} of SSIM, FSIM, GMSD, NLPD ({labels})"
-    conditions.append((len(better) >= 3, found))
-    for name in ("psnr", "psnr_rgb"):
-        if name in ours and name in theirs:
-            gain = ours[name] - theirs[name]
-            conditions.append((gain >= -0.5, f"{metrics[name].measure.label} {gain:+.2f} dB"))
-    if not any(name in ours for name in ("psnr", "psnr_rgb")):
-        conditions.append((False, "PSNR not measured"))
-    if "niqe" in ours and "niqe" in means.get(CLEAN, {}):
-        target = means[CLEAN]["niqe"]
-        distance, allowed = abs(ours["niqe"] - target), abs(theirs["niqe"] - target)
-        found = f"NIQE {distance:.2f} from the clean photographs' ({baseline}: {allowed:.2f})"
-        conditions.append((distance < allowed, found))
-    else:
-        conditions.append((False, "NIQE not measured"))
-    reasons = tuple(f"{'pass' if good else 'FAIL'}: {text}" for good, text in conditions)
-    return Verdict(all(good for good, _ in conditions), reasons)
-
-
 def _batches(pairs: Sequence[Pair], size: int) -> Iterator[list[Pair]]:
     """Runs of neighbours (index and size) of at most `size`, so that picture b of a batch may use seed + b."""
     group: list[Pair] = []
