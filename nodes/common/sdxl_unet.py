@@ -41,8 +41,11 @@ def read_sdxl_unet(
     header = checkpoints.read_header(path)
     checkpoints.require_family(header, "sdxl", path, f"Choose an SDXL base model, for example {PAGE}.")
     shapes = {name: shape for name, (_, shape) in header.tensors.items()}
-    makers = {name.removeprefix(MAKERS_PREFIX): shape for name, shape in shapes.items() if "input_blocks." in name or
-              "label_emb." in name}
+    makers = {
+        name.removeprefix(MAKERS_PREFIX): shape
+        for name, shape in shapes.items()
+        if "input_blocks." in name or "label_emb." in name
+    }
     if makers:
         config = unet_config_from_shapes(makers) | dict(overrides or {})
         state = checkpoints.load_state(path)
@@ -76,8 +79,13 @@ def unet_config_from_shapes(shapes: Shapes) -> dict[str, Any]:
         resnet = shapes.get(f"input_blocks.{i}.0.out_layers.3.weight")
         if resnet is not None:
             level.append(resnet[0])
-            depth = len({m[1] for name in shapes
-                         if (m := re.match(rf"input_blocks\.{i}\.1\.transformer_blocks\.(\d+)\.", name))})
+            depth = len(
+                {
+                    m[1]
+                    for name in shapes
+                    if (m := re.match(rf"input_blocks\.{i}\.1\.transformer_blocks\.(\d+)\.", name))
+                }
+            )
         else:  # the downsampler behind a level, or the end
             widths.append(level[0])
             depths.append(depth)

@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import Condition
-from .unet import build_unet, embed_text_and_size
+from .unet import Residuals, build_unet, embed_text_and_size
 
 HIDDEN = 128  # channels inside an SFT layer
-
-Residuals = tuple[list[Tensor], Tensor]  # of the skips, first to last, and of the middle block
 
 
 class SFT(nn.Module):
@@ -69,11 +67,22 @@ class Aggregator(nn.Module):
             nn.init.zeros_(zero.weight)
             nn.init.zeros_(zero.bias)
 
-    def init_from(self, unet: nn.Module) -> None:
-        """Starts a training: the weights of the UNet's down path, the reference's input layer a copy of the LQ's."""
+    def init_random(self) -> None:
+        """Fresh weights everywhere, the connectors' last layers zero."""
+        for module in self.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        self.init_connectors()
+
+    def init_from(self, unet: Mapping[str, Tensor]) -> None:
+        """Starts a training: the weights of the UNet's down path, the reference's input layer a copy of the LQ's.
+
+        Args:
+            unet: state of the UNet, without a LoRA.
+        """
         own = self.state_dict()
-        given = {name: value for name, value in unet.state_dict().items() if name in own}
-        given |= {f"ref_conv_in.{name}": value for name, value in unet.conv_in.state_dict().items()}
+        given = {name: value for name, value in unet.items() if name in own}
+        given |= {f"ref_{name}": value for name, value in unet.items() if name.startswith("conv_in.")}
         self.load_state_dict(given, strict=False)
 
     def enable_gradient_checkpointing(self) -> None:
@@ -81,8 +90,9 @@ class Aggregator(nn.Module):
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing, module._gradient_checkpointing_func = True, _checkpoint
 
-    def forward(self, lq_latent: Tensor, reference: Tensor, t: Tensor, condition: Condition,
-                rows: Tensor | None = None) -> Residuals:
+    def forward(
+        self, lq_latent: Tensor, reference: Tensor, t: Tensor, condition: Condition, rows: Tensor | None = None
+    ) -> Residuals:
         """What to add to the UNet's skips and middle.
 
         Args:

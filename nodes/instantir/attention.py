@@ -29,7 +29,7 @@ class Condition:
     Attributes:
         prompt_embeds: text tokens, (P, L, C).
         pooled: pooled text, (P, C').
-        time_ids: size conditioning in pixels, (P, 6): original height and width, crop top and left, target height, width.
+        time_ids: sizes in pixels, (P, 6): original height and width, crop top and left, target height and width.
         tokens: DCP tokens, (P, Q, C''), or None: text alone.
         previewer: whether the Previewer's LoRA is on.
         scale: w of equation 3.

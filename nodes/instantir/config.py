@@ -1,4 +1,4 @@
-"""What an InstantIR network and an InstantIR run are made of, with the values of the paper and of the published program."""
+"""What an InstantIR network and a run are made of, with the values of the paper and of the published program."""
 
 from __future__ import annotations
 
@@ -166,7 +166,10 @@ TINY_UNET: dict[str, Any] = _COMMON_UNET | dict(  # 5.0 M values; a training ste
 
 PRESETS: dict[str, Preset] = {
     "full": Preset(
-        InstantIRConfig(SDXL_UNET, ResamplerConfig(), PreviewerConfig(), aggregator=True), Sampling(), POSITIVE, NEGATIVE
+        InstantIRConfig(SDXL_UNET, ResamplerConfig(), PreviewerConfig(), aggregator=True),
+        Sampling(),
+        POSITIVE,
+        NEGATIVE,
     ),
     "tiny": Preset(
         InstantIRConfig(

@@ -14,8 +14,9 @@ Level = tuple[Tensor, Tensor]  # alpha and sigma of x_t = alpha x0 + sigma noise
 DISTILLED_STEPS = 50  # timesteps of the consistency distillation, 20 apart
 
 
-def drop_conditions(batch: int, generator: torch.Generator, image: float = 0.05, text: float = 0.05,
-                    both: float = 0.05) -> tuple[Tensor, Tensor]:
+def drop_conditions(
+    batch: int, generator: torch.Generator, image: float = 0.05, text: float = 0.05, both: float = 0.05
+) -> tuple[Tensor, Tensor]:
     """Which samples lose a condition; the three cases exclude each other (section 4.1: 15% in all).
 
     Args:
@@ -26,7 +27,9 @@ def drop_conditions(batch: int, generator: torch.Generator, image: float = 0.05,
     Raises: ValueError if the probabilities are negative or sum to more than 1.
     """
     if min(image, text, both) < 0 or image + text + both > 1:
-        raise ValueError(f"the shares to drop are {image}, {text}, {both}; none may be negative, nor their sum above 1.")
+        raise ValueError(
+            f"the shares to drop are {image}, {text}, {both}; none may be negative, nor their sum above 1."
+        )
     u = torch.rand(batch, generator=generator)
     dropped_both = (u >= image + text) & (u < image + text + both)
     return (u < image) | dropped_both, ((u >= image) & (u < image + text)) | dropped_both
@@ -62,8 +65,9 @@ def diffusion_loss(
     return loss + l1 * error.abs().mean() if l1 else loss
 
 
-def distilled_timesteps(batch: int, generator: torch.Generator, train_timesteps: int = 1000,
-                        steps: int = DISTILLED_STEPS) -> tuple[Tensor, Tensor]:
+def distilled_timesteps(
+    batch: int, generator: torch.Generator, train_timesteps: int = 1000, steps: int = DISTILLED_STEPS
+) -> tuple[Tensor, Tensor]:
     """Pairs of neighbouring timesteps (s, t), t = max(s - 20, 0): s is one of DDIM's 50 timesteps 19, 39, ..., 999.
 
     Returns: (batch,) int64 each.

@@ -12,110 +12,24 @@ what does not change with time is then computed once.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 
-from .aggregator import Aggregator, Residuals
+from ..common.schedulers import Level
 from .attention import Condition, Pass
-from .config import InstantIRConfig, PreviewerConfig, ResamplerConfig
-from .previewer import LoraSwitch, adapted_modules, inject, preview_from
-from .resampler import Resampler
-from .unet import build_unet
+from .config import InstantIRConfig, ResamplerConfig
+from .parts import InstantIRParts
+from .previewer import preview_from
+from .unet import Residuals
 from .weights import load_parts, read_file, save_file, save_part
 
-Level = tuple[Tensor, Tensor]  # alpha and sigma, x_t = alpha x_0 + sigma noise; (), (N,) or (N, 1, 1, 1)
 
-
-class InstantIR(nn.Module):
-    """The parts and how they are called. Latents are scaled as in the config; timesteps are 0..999, any fraction."""
-
-    def __init__(self, config: InstantIRConfig):
-        """A network with random weights; of the config's parts all but the Previewer's LoRA (see `add_previewer`)."""
-        super().__init__()
-        self.config = replace(config, previewer=None)
-        self.unet = build_unet(config.unet)
-        self.resampler = self.aggregator = None
-        self.switch: LoraSwitch | None = None
-        betas = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, config.train_timesteps,
-                               dtype=torch.float64, device="cpu") ** 2
-        cumulative = torch.cumprod(1 - betas, dim=0)
-        self._noise_to_signal = ((1 - cumulative) / cumulative).sqrt()  # of every timestep
-        if config.resampler is not None:
-            self.add_adapter(config.resampler)
-        if config.aggregator:
-            self.add_aggregator(copy=False)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.unet.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.unet.device
-
-    # Parts
-
-    def add_adapter(self, config: ResamplerConfig) -> None:
-        """Adds the DCP: resampler and time-aware cross-attentions, with fresh weights."""
-        self.resampler = Resampler(config)
-        self.unet.set_processors(config)
-        self.config = replace(self.config, resampler=config)
-        self._follow_base(self.resampler, *(layer.processor for layer in self.unet.cross_attentions().values()))
-
-    def add_previewer(self, config: PreviewerConfig | int = 64, modules: list[str] | None = None,
-                      on_meta: bool = False) -> None:
-        """Adds the Previewer's LoRA (B zero: it changes nothing yet) and freezes all other weights, as peft does.
-
-        Args:
-            config: rank, or rank and alpha.
-            modules: names of the adapted modules; None = those of the published LoRA.
-            on_meta: the LoRA's weights are made on the meta device, to be loaded.
-        """
-        if self.switch is not None:
-            raise ValueError("the network has a Previewer already.")
-        config = PreviewerConfig(config) if isinstance(config, int) else config
-        self.switch = inject(self, modules or adapted_modules(self), config, on_meta)
-        self.config = replace(self.config, previewer=config)
-
-    def add_aggregator(self, copy: bool = True) -> None:
-        """Adds the Aggregator; with `copy`, its weights begin as the UNet's (without the Previewer's LoRA)."""
-        self.aggregator = Aggregator(self.config.unet)
-        self.config = replace(self.config, aggregator=True)
-        self._follow_base(self.aggregator)
-        if copy:
-            self.aggregator.init_from(self.unet)
-
-    def _follow_base(self, *parts: nn.Module) -> None:
-        for part in parts:
-            part.to(self.device, self.dtype) if not self.unet.conv_in.weight.is_meta else part.to(self.dtype)
-
-    # What the parts compute
-
-    def previewing(self, on: bool = True) -> AbstractContextManager:
-        """The Previewer's LoRA on (or off) inside the block, afterwards as before.
-
-        All methods below switch it by themselves. Training with gradient checkpointing needs the block around forward
-        and backward, because layers run again in backward.
-        Raises: ValueError if there is no LoRA to switch on.
-        """
-        if self.switch is None:
-            if on:
-                raise ValueError("the network has no Previewer: load it with previewer_lora=..., or add_previewer().")
-            return nullcontext()
-        return self.switch.turned(on)
-
-    def resample(self, features: Tensor, previewer: bool = False) -> Tensor:
-        """DCP tokens of the vision encoder's (B, 1+N, D) features: (B, Q, D'). The Previewer has its own."""
-        if self.resampler is None:
-            raise ValueError("the network has no adapter: load it with adapter=..., or add_adapter().")
-        with self.previewing(previewer):
-            return self.resampler(features.to(self.device, self.dtype))
+class InstantIR(InstantIRParts):
+    """What the parts compute. Latents are scaled as in the config; timesteps are 0..999, any fraction."""
 
     def condition(
         self,
@@ -139,8 +53,9 @@ class InstantIR(nn.Module):
         sizes = time_ids.to(self.device, torch.float32)
         return Condition(here[0], here[1], sizes, here[2], previewer, scale, {} if keep else None)
 
-    def output(self, x: Tensor, t: Tensor, condition: Condition, residuals: Residuals | None = None,
-               rows: Tensor | None = None) -> Tensor:
+    def output(
+        self, x: Tensor, t: Tensor, condition: Condition, residuals: Residuals | None = None, rows: Tensor | None = None
+    ) -> Tensor:
         """What the UNet puts out, epsilon or v as the config says, (N, C, h, w), dtype of x.
 
         Args:
@@ -148,15 +63,23 @@ class InstantIR(nn.Module):
             t: (N,) or a scalar.
             condition: of P pictures.
             residuals: the Aggregator's, scaled.
-            rows: (N,) which picture a row of x is; None = row i is picture i mod P (windows one after the other).
+            rows: (N,) on the CPU, which picture a row of x is; None = row i is picture i mod P.
         """
         step = Pass(condition, _rows(rows, len(x), condition))
         with self.previewing(condition.previewer):
-            out = self.unet.evaluate(x.to(self.device, self.dtype), t.to(self.device), step, _like(residuals, self.dtype))
+            x_t, t = x.to(self.device, self.dtype), t.to(self.device)
+            out = self.unet.evaluate(x_t, t, step, _like(residuals, self.dtype))
         return out.to(x)
 
-    def epsilon(self, x: Tensor, t: Tensor, condition: Condition, residuals: Residuals | None = None,
-                rows: Tensor | None = None, level: Level | None = None) -> Tensor:
+    def epsilon(
+        self,
+        x: Tensor,
+        t: Tensor,
+        condition: Condition,
+        residuals: Residuals | None = None,
+        rows: Tensor | None = None,
+        level: Level | None = None,
+    ) -> Tensor:
         """Noise prediction; arguments as of `output`. `level`: alpha and sigma of x, None = the config's at t."""
         out = self.output(x, t, condition, residuals, rows)
         if self.config.prediction == "epsilon":
@@ -164,8 +87,9 @@ class InstantIR(nn.Module):
         alpha, sigma = self._at(t, x, level)
         return alpha * out + sigma * x
 
-    def clean(self, x: Tensor, t: Tensor, condition: Condition, rows: Tensor | None = None,
-              level: Level | None = None) -> Tensor:
+    def clean(
+        self, x: Tensor, t: Tensor, condition: Condition, rows: Tensor | None = None, level: Level | None = None
+    ) -> Tensor:
         """Clean latent from one evaluation (equation 2): the preview, if the condition is the Previewer's.
 
         The Previewer's answer goes through the consistency model's boundary condition, c_out x0 + c_skip x_t.
@@ -178,8 +102,9 @@ class InstantIR(nn.Module):
         alpha, sigma = self._at(t, x, level)
         return (x - sigma * output) / alpha if self.config.prediction == "epsilon" else alpha * x - sigma * output
 
-    def residuals(self, lq_latent: Tensor, reference: Tensor, t: Tensor, condition: Condition,
-                  rows: Tensor | None = None) -> Residuals:
+    def residuals(
+        self, lq_latent: Tensor, reference: Tensor, t: Tensor, condition: Condition, rows: Tensor | None = None
+    ) -> Residuals:
         """The Aggregator's residuals for every skip and the middle; see `Aggregator.forward`."""
         if self.aggregator is None:
             raise ValueError("the network has no Aggregator: load it with aggregator=..., or add_aggregator().")
@@ -187,23 +112,11 @@ class InstantIR(nn.Module):
             raise ValueError(
                 f"the LQ latent is {tuple(lq_latent.shape)}, the reference {tuple(reference.shape)}; expected equal."
             )
-        lq, ref = (z.to(self.device, self.dtype) for z in (lq_latent, reference))
+        lq, ref = (z.to(self.device, self.aggregator.dtype) for z in (lq_latent, reference))
         return self.aggregator(lq, ref, t.to(self.device), condition, _rows(rows, len(lq), condition))
 
-    def alpha_sigma(self, t: Tensor) -> Level:
-        """alpha and sigma of the network's own noise schedule at timesteps t, shape of t, float32.
-
-        Between two timesteps sigma / alpha is interpolated linearly, as Euler's scheduler of diffusers does.
-        """
-        table = self._noise_to_signal = self._noise_to_signal.to(t.device)
-        t = t.double().clamp(0, len(table) - 1)
-        low, high = t.floor().long(), t.ceil().long()
-        ratio = torch.lerp(table[low], table[high], t - low)
-        alpha = 1 / (1 + ratio**2).sqrt()
-        return alpha.float(), (ratio * alpha).float()
-
     def _at(self, t: Tensor, x: Tensor, level: Level | None) -> Level:
-        alpha, sigma = self.alpha_sigma(t.to(x.device)) if level is None else level
+        alpha, sigma = self.schedule.alpha_sigma(t.to(x.device)) if level is None else level
         return tuple(value.to(x).reshape(-1, 1, 1, 1) for value in (alpha, sigma))
 
     # The same with loose conditions
@@ -213,8 +126,17 @@ class InstantIR(nn.Module):
         condition = self.condition(prompt_embeds, pooled, time_ids, tokens, previewer, keep=False)
         return self.output(x, t, condition, residuals)
 
-    def denoise(self, x: Tensor, t: Tensor, prompt_embeds: Tensor, pooled: Tensor, time_ids: Tensor,
-                tokens: Tensor | None = None, residuals: Residuals | None = None, previewer: bool = False) -> Tensor:
+    def denoise(
+        self,
+        x: Tensor,
+        t: Tensor,
+        prompt_embeds: Tensor,
+        pooled: Tensor,
+        time_ids: Tensor,
+        tokens: Tensor | None = None,
+        residuals: Residuals | None = None,
+        previewer: bool = False,
+    ) -> Tensor:
         """Noise prediction, (N, C, h, w), whatever the UNet puts out.
 
         Args:
@@ -225,8 +147,9 @@ class InstantIR(nn.Module):
         condition = self.condition(prompt_embeds, pooled, time_ids, tokens, previewer, keep=False)
         return self.epsilon(x, t, condition, residuals)
 
-    def preview(self, x: Tensor, t: Tensor, prompt_embeds: Tensor, pooled: Tensor, time_ids: Tensor,
-                tokens: Tensor) -> Tensor:
+    def preview(
+        self, x: Tensor, t: Tensor, prompt_embeds: Tensor, pooled: Tensor, time_ids: Tensor, tokens: Tensor
+    ) -> Tensor:
         """The Previewer's clean latent; `tokens` from `resample(features, previewer=True)`."""
         return self.clean(x, t, self.condition(prompt_embeds, pooled, time_ids, tokens, True, keep=False))
 
@@ -238,8 +161,9 @@ class InstantIR(nn.Module):
     # Files
 
     @classmethod
-    def new(cls, unet: UNet2DConditionModel | Mapping[str, Any], resampler: ResamplerConfig | None = None,
-            **fields: Any) -> InstantIR:
+    def new(
+        cls, unet: UNet2DConditionModel | Mapping[str, Any], resampler: ResamplerConfig | None = None, **fields: Any
+    ) -> InstantIR:
         """A network for training: a base, and the DCP if `resampler` is given. Other parts: `add_previewer`, ...
 
         Args:
@@ -302,7 +226,7 @@ def _rows(rows: Tensor | None, count: int, condition: Condition) -> Tensor | Non
     """Which picture of the condition each of `count` rows is; None where it is one to one."""
     pictures, device = len(condition), condition.pooled.device
     if rows is not None:
-        return rows.to(device)
+        return None if torch.equal(rows, torch.arange(pictures)) else rows.to(device)
     if count == pictures:
         return None
     if count % pictures:

@@ -49,7 +49,7 @@ class LoraSwitch:
 
     def __init__(self, network: nn.Module):
         self.layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
-        self.parameters = [p for name, p in network.named_parameters() if _LORA_KEY.fullmatch(name)]
+        self.parameters = [p for name, p in network.named_parameters() if is_lora(name)]
         self.on = True
         self.turn(False)
 
@@ -122,12 +122,12 @@ def read_lora(state: Mapping[str, Tensor], source: object) -> tuple[dict[str, Te
 
 def load_lora(network: nn.Module, state: Mapping[str, Tensor], source: object) -> None:
     """Loads what `read_lora` gave into the injected layers; every name and shape must match."""
-    own = {name: p for name, p in network.named_parameters() if _LORA_KEY.fullmatch(name)}
+    own = {name: p for name, p in network.named_parameters() if is_lora(name)}
     wrong = sorted(set(own) ^ set(state)) + [n for n in own if n in state and own[n].shape != state[n].shape]
     if wrong:
         raise MismatchedKeysError(
-            f"{source} does not fit the network in {len(wrong)} layers: {shorten(wrong)}. Choose the LoRA that was made "
-            "for this UNet and this adapter."
+            f"{source} does not fit the network in {len(wrong)} layers: {shorten(wrong)}. Choose the LoRA that was "
+            "made for this UNet and this adapter."
         )
     network.load_state_dict(dict(state), strict=False, assign=any(p.is_meta for p in own.values()))
 
@@ -144,9 +144,14 @@ def published_lora(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def is_lora(name: str) -> bool:
+    """Whether a parameter of this name is the LoRA's."""
+    return _LORA_KEY.fullmatch(name) is not None
+
+
 def plain_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict without the LoRA, under the names it had before the LoRA was put in."""
-    return {name.replace(".base_layer.", "."): value for name, value in state.items() if not _LORA_KEY.fullmatch(name)}
+    return {name.replace(".base_layer.", "."): value for name, value in state.items() if not is_lora(name)}
 
 
 def _own_name(module: str) -> str:
@@ -157,5 +162,6 @@ def _own_name(module: str) -> str:
 
 def preview_from(x: Tensor, x0: Tensor, t: Tensor) -> Tensor:
     """c_out x0 + c_skip x_t: the preview of latents x at timesteps t (B,), in float32 at least."""
-    c_skip, c_out = (c[:, None, None, None] for c in boundary_scalings(t.to(torch.promote_types(x.dtype, torch.float32))))
+    t = t.to(torch.promote_types(x.dtype, torch.float32))
+    c_skip, c_out = (c[:, None, None, None] for c in boundary_scalings(t))
     return (c_out * x0 + c_skip * x).to(x.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -64,3 +66,18 @@ class Resampler(nn.Module):
             latents = latents + attention(features, latents)
             latents = latents + feed_forward(latents)
         return self.norm_out(self.proj_out(latents))
+
+
+@dataclass(frozen=True)
+class DCPTokens:
+    """The DCP's tokens of B pictures, (B, Q, D): for the UNet, and for the Previewer if there is one."""
+
+    tokens: Tensor
+    previewer: Tensor | None = None
+
+    def expand(self, batch: int) -> DCPTokens:
+        """One row for each of `batch` pictures. Raises: ValueError if there is neither one row nor as many."""
+        if len(self.tokens) not in (1, batch):
+            raise ValueError(f"image tokens of {len(self.tokens)} pictures do not fit {batch}; give 1 or as many.")
+        both = (None if x is None else x.expand(batch, -1, -1) for x in (self.tokens, self.previewer))
+        return DCPTokens(*both)

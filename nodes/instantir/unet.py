@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from .attention import Pass, SelfAttention, TextCrossAttention, TimeAwareCrossAttention
 from .config import ResamplerConfig
 
+Residuals = tuple[list[Tensor], Tensor]  # of the skips, first to last, and of the middle block
+
 
 class ConditionedUNet(UNet2DConditionModel):
     """diffusers' UNet; call `evaluate`, which gives it a `Pass` in place of loose conditions."""
 
-    def evaluate(self, x: Tensor, t: Tensor, step: Pass, residuals: tuple[list[Tensor], Tensor] | None = None) -> Tensor:
+    def evaluate(self, x: Tensor, t: Tensor, step: Pass, residuals: Residuals | None = None) -> Tensor:
         """The UNet's output, (N, C, h, w).
 
         Args:

@@ -60,8 +60,11 @@ def load_parts(
     resampler = None
     if "adapter" in parts:
         own = headers["adapter"].config
-        shapes = {name.removeprefix("image_proj."): tuple(value.shape) for name, value in parts["adapter"].items()
-                  if name.startswith("image_proj.")}
+        shapes = {
+            name.removeprefix("image_proj."): tuple(value.shape)
+            for name, value in parts["adapter"].items()
+            if name.startswith("image_proj.")
+        }
         resampler = ResamplerConfig.from_shapes(shapes, dim_head or own.get("dim_head") or _head_width(config))
     alpha = headers["previewer"].config.get("alpha", 1.0) if "previewer" in headers else 1.0
     network = InstantIRConfig(config, resampler, aggregator="aggregator" in parts)
@@ -108,7 +111,8 @@ def _assemble(
         base |= _processor_state(model.unet, _under(adapter, "ip_adapter."), sources["adapter"])
     checkpoints.load_strict(model.unet, base, sources["unet"])
     if model.aggregator is not None:
-        checkpoints.load_strict(model.aggregator, parts.get("aggregator", {}), sources.get("aggregator", sources["unet"]))
+        source = sources.get("aggregator", sources["unet"])
+        checkpoints.load_strict(model.aggregator, parts.get("aggregator", {}), source)
     if "previewer" in parts:
         lora, modules, rank = read_lora(parts["previewer"], sources["previewer"])
         unknown = sorted(set(modules) - {name for name, _ in model.named_modules()})
