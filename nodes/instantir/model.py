@@ -115,8 +115,12 @@ class InstantIR(InstantIRParts):
         lq, ref = (z.to(self.device, self.aggregator.dtype) for z in (lq_latent, reference))
         return self.aggregator(lq, ref, t.to(self.device), condition, _rows(rows, len(lq), condition))
 
+    def alpha_sigma(self, t: Tensor) -> Level:
+        """alpha and sigma of the network's own noise schedule at timesteps t; see `NoiseSchedule.alpha_sigma`."""
+        return self.schedule.alpha_sigma(t)
+
     def _at(self, t: Tensor, x: Tensor, level: Level | None) -> Level:
-        alpha, sigma = self.schedule.alpha_sigma(t.to(x.device)) if level is None else level
+        alpha, sigma = self.alpha_sigma(t.to(x.device)) if level is None else level
         return tuple(value.to(x).reshape(-1, 1, 1, 1) for value in (alpha, sigma))
 
     # The same with loose conditions
