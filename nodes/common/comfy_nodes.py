@@ -22,9 +22,8 @@ from .images import Prepared, crop, finish, from_comfy, prepare_lr, side_by_side
 
 CATEGORY = "Fourfold"
 MAX_SIDE = 16384  # pixels, of a restored picture
-TINY_METHODS = [name for name in tiny.FILES if name not in ("codec", "text")]
 Frame = io.Custom("FOURFOLD_FRAME")
-TinyModel = io.Custom(",".join(f"FOURFOLD_{method.upper()}" for method in TINY_METHODS))
+TinyModel = io.Custom(",".join(f"FOURFOLD_{method.upper()}" for method in tiny.METHODS))
 
 
 class LRPrepare(io.ComfyNode):

@@ -18,6 +18,8 @@ FILES = {
     "dreamsr": "dreamsr_tiny.safetensors",
     "instancersr": "instancersr_tiny.safetensors",
 }
+SHARED = ("codec", "text", "vision")  # parts of FILES that several methods use; the others are the methods
+METHODS = tuple(name for name in FILES if name not in SHARED)
 
 
 def checkpoints_dir() -> Path:
@@ -47,7 +49,7 @@ def is_tiny(model: str | Path) -> bool:
 
 def available_methods() -> list[str]:
     """Methods whose tiny checkpoint is there."""
-    return [name for name in FILES if name not in ("codec", "text") and (CHECKPOINTS / FILES[name]).is_file()]
+    return [name for name in METHODS if (CHECKPOINTS / FILES[name]).is_file()]
 
 
 def load_codec() -> LinearCodec:

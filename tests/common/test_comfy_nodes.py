@@ -167,7 +167,7 @@ def test_tiny_models_says_which_checkpoint_is_missing(nodes, tmp_path, monkeypat
     for name in tiny.FILES.values():
         (tmp_path / name).touch()
     assert node.validate_inputs("dit4sr") is True and node.validate_inputs(None) is True
-    assert node.define_schema().inputs[0].options == ["dit4sr"]
+    assert node.define_schema().inputs[0].options == ["dit4sr", "instantir", "dreamsr", "instancersr"]
     before = node.fingerprint_inputs("dit4sr")
     (tmp_path / tiny.FILES["dit4sr"]).write_bytes(b"better")
     assert node.fingerprint_inputs("dit4sr") != before

@@ -2,7 +2,7 @@
 
 import comfy.model_management as management
 import torch
-from comfy.latent_formats import SD3, LatentFormat
+from comfy.latent_formats import SD3, SDXL, LatentFormat
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import VAE
 from torch import Tensor, nn
@@ -65,3 +65,8 @@ _STEP = 0.1  # of a channel from the flat grey picture: small, so that no colour
 def sd3_latents() -> LatentFormat:
     """The preview of Stable Diffusion 3's latents."""
     return SD3()
+
+
+def sdxl_latents() -> LatentFormat:
+    """The preview of SDXL's latents."""
+    return SDXL()

@@ -1,6 +1,6 @@
 """Networks under ComfyUI's memory management: it decides when one is on the device and when it has to leave."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,13 +40,17 @@ class HostedNetwork(nn.Module):
         self.network = network
 
 
-def pick_dtype(choice: str, parameters: int = 0) -> torch.dtype:
-    """The dtype of the weights: a name in `DTYPES`, or "default" = what ComfyUI would take for so many parameters."""
+def pick_dtype(
+    choice: str, parameters: int = 0, supported: Sequence[torch.dtype] = (torch.bfloat16, torch.float32)
+) -> torch.dtype:
+    """The dtype of the weights: a name in `DTYPES`, or "default" = what ComfyUI would take for so many parameters.
+
+    `supported` are the network's dtypes, the one it likes best first.
+    """
     if choice in DTYPES:
         return DTYPES[choice]
-    found = management.unet_dtype(
-        management.get_torch_device(), model_params=parameters, supported_dtypes=[torch.bfloat16, torch.float32]
-    )
+    device = management.get_torch_device()
+    found = management.unet_dtype(device, model_params=parameters, supported_dtypes=list(supported))
     return found if found in DTYPES.values() else torch.bfloat16  # --fp8_*-unet: for ComfyUI's own layers, which cast
 
 
@@ -60,7 +64,8 @@ def host(network: nn.Module, method: str, preview: LatentFormat | None = None) -
 def on_device(model: HostedModel, memory_required: float = 0.0) -> Iterator[nn.Module]:
     """The network, on its device for the length of the block; other models are evicted as far as needed.
 
-    Each call of the network first looks whether the user has cancelled the run, and if so raises ComfyUI's exception.
+    Each call of the network, or of a part that lies directly in it, first looks whether the user has cancelled the run,
+    and if so raises ComfyUI's exception.
 
     Args:
         model: from a loader.
@@ -70,14 +75,19 @@ def on_device(model: HostedModel, memory_required: float = 0.0) -> Iterator[nn.M
     management.load_models_gpu([patcher], memory_required=memory_required, force_full_load=True)
     network, device = model.network, patcher.load_device
     stays = all(p.device.type == device.type for p in network.parameters())
-    watch = network.register_forward_pre_hook(lambda *_: management.throw_exception_if_processing_interrupted())
+    watches = [part.register_forward_pre_hook(_stop_if_cancelled) for part in (network, *network.children())]
     try:
         # With --novram ComfyUI leaves weights behind and expects layers that fetch them; ours come for the run.
         yield network if stays else network.to(device)
     finally:
-        watch.remove()
+        for watch in watches:
+            watch.remove()
         if not stays:
             network.to(patcher.offload_device)
+
+
+def _stop_if_cancelled(*_) -> None:
+    management.throw_exception_if_processing_interrupted()
 
 
 def require_method(model: HostedModel, method: str, node: str) -> HostedModel:
