@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from ..nodes.common.autoencoder import to_model, to_vae
 from ..nodes.common.checkpoints import DEFAULT_LICENCE
 from ..nodes.common.images import resize, write_image
+from ..nodes.common.losses import edge_loss
 from ..nodes.common.text import TextEmbedding
 from ..nodes.common.tiny import FILES
 from ..nodes.common.tiny_text import TinyTextEncoder
 from ..nodes.dit4sr.config import PRESETS
-from ..nodes.dit4sr.losses import add_noise, edge_loss, flow_matching_loss, logit_normal_sigma
+from ..nodes.dit4sr.losses import add_noise, flow_matching_loss, logit_normal_sigma
 from ..nodes.dit4sr.model import TIMESTEPS, DiT4SRTransformer
 from ..nodes.dit4sr.prompts import positive_prompt
 from ..nodes.dit4sr.restore import System, restore

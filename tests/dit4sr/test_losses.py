@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from fourfold.nodes.dit4sr.losses import add_noise, edge_loss, flow_matching_loss, logit_normal_sigma
+from fourfold.nodes.dit4sr.losses import add_noise, flow_matching_loss, logit_normal_sigma
 
 
 def draws(seed, count):
@@ -71,11 +71,3 @@ def test_published_weight_is_the_default_and_half_precision_counts_in_float32():
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match=r"\(2, 4, 8, 8\), the target \(2, 4, 8, 6\)"):
         flow_matching_loss(torch.zeros(2, 4, 8, 8), torch.zeros(2, 4, 8, 6), torch.zeros(2, 4, 8, 6), torch.ones(2))
-
-
-def test_edge_loss_sees_steps_and_no_constant_shift():
-    clean = torch.zeros(1, 1, 4, 4)
-    assert edge_loss(clean + 0.3, clean) == 0
-    step = clean.clone()
-    step[..., 2:] = 0.6  # one step of 0.6 in three horizontal differences, none vertically
-    assert edge_loss(step, clean) == pytest.approx(0.6 / 3)
