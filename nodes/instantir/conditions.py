@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,31 +15,33 @@ from .model import InstantIR
 from .resampler import DCPTokens
 
 Image = DCPTokens | Tensor  # DCP tokens, or features of the vision encoder
+Prompts = TextEmbedding | Sequence[tuple[TextEmbedding, float]]  # several: predictions averaged with these shares
+Texts = list[tuple[TextEmbedding, Tensor]]  # of R rows each, with its share in the prediction of every row, (R,)
+Told = list[tuple[Condition, Tensor]]  # the same as conditions of a network
 
 
 def make_conditions(
     model: InstantIR,
-    text: TextEmbedding,
-    previewer_text: TextEmbedding | None,
+    texts: Texts,
     image: DCPTokens,
     time_ids: Tensor,
-    image_scale: float,
-    previews: bool,
-) -> tuple[Condition, Condition | None]:
-    """The UNet's condition and, if there are previews, the Previewer's.
+    scale: float,
+    previewer: bool = False,
+) -> Told:
+    """The conditions of the UNet or of the Previewer.
 
     Args:
-        text, image: of R rows. previewer_text: R rows; None = as the UNet's.
+        texts, image: of R rows.
         time_ids: (R or 1, 6).
+        scale: w of equation 3.
     Raises: ValueError if the network has no Previewer to preview with.
     """
-    rows = len(text)
-    time_ids = time_ids.expand(rows, -1)
-    unet = model.condition(text.prompt_embeds, text.pooled, time_ids, image.tokens, scale=image_scale)
-    if not previews:
-        return unet, None
-    text, tokens = previewer_text or text, image.previewer
-    return unet, model.condition(text.prompt_embeds, text.pooled, time_ids, tokens, previewer=True, scale=image_scale)
+    tokens = image.previewer if previewer else image.tokens
+    sizes = time_ids.expand(len(image.tokens), -1)
+    return [
+        (model.condition(text.prompt_embeds, text.pooled, sizes, tokens, previewer, scale), shares)
+        for text, shares in texts
+    ]
 
 
 def window_time_ids(model: InstantIR, box: Box) -> Tensor:
@@ -47,7 +50,26 @@ def window_time_ids(model: InstantIR, box: Box) -> Tensor:
     return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
 
 
-def join_text(low: TextEmbedding | None, high: TextEmbedding, batch: int) -> TextEmbedding:
+def join_prompts(low: Prompts | None, high: Prompts, batch: int) -> Texts:
+    """The prompts of both halves, 2 B rows, pair by pair; without low ones, B rows.
+
+    Where one half has fewer prompts, its last one goes on with no share.
+    """
+    halves = [_listed(prompts) for prompts in (low, high) if prompts is not None]
+    count = max(map(len, halves))
+    halves = [[*half, *[(half[-1][0], 0.0)] * (count - len(half))] for half in halves]
+    texts = []
+    for entries in zip(*halves, strict=True):
+        text = _join_text(entries[0][0] if low is not None else None, entries[-1][0], batch)
+        texts.append((text, torch.tensor([share for _, share in entries]).repeat_interleave(batch)))
+    return texts
+
+
+def _listed(prompts: Prompts) -> list[tuple[TextEmbedding, float]]:
+    return [(prompts, 1.0)] if isinstance(prompts, TextEmbedding) else list(prompts)
+
+
+def _join_text(low: TextEmbedding | None, high: TextEmbedding, batch: int) -> TextEmbedding:
     """Both prompts in one batch of 2 B rows; without a low one, B rows.
 
     Where one is longer, both are repeated to a common length, which attention over them does not notice: a softmax

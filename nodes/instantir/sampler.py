@@ -17,13 +17,13 @@ from ..common.text import TextEmbedding
 from ..common.tiling import Box, plan_tiles, tiled, whole
 from .adaptive import AdaptiveRestoration
 from .attention import Condition
-from .conditions import Image, join_images, join_text, make_conditions, window_time_ids
+from .conditions import Image, Prompts, Told, join_images, join_prompts, make_conditions, window_time_ids
 from .config import Adaptive
 from .model import InstantIR
 from .unet import Residuals
 
 OnWindow = Callable[[int, int], None]
-Network = Callable[..., Tensor]  # (x, t, rows, boxes), one row of this run and one window for each row of x
+Network = Callable[..., Tensor]  # (condition, x, t, rows, boxes), a row of this run and a window for each row of x
 
 
 class Sampled(NamedTuple):
@@ -48,8 +48,8 @@ def sample(
     lq_latent: Tensor,
     noise: Tensor,
     image: Image,
-    positive: TextEmbedding,
-    negative: TextEmbedding | None = None,
+    positive: Prompts,
+    negative: Prompts | None = None,
     null_image: Image | None = None,
     *,
     steps: int = 30,
@@ -60,6 +60,8 @@ def sample(
     adaptive: Adaptive = "off",
     conditioning_scale: float = 1.0,
     image_scale: float = 1.0,
+    previewer_scale: float | None = None,
+    aggregator_lq: Tensor | None = None,
     reference: Tensor | None = None,
     previewer_text: TextEmbedding | None = None,
     time_ids: Tensor | None = None,
@@ -78,13 +80,15 @@ def sample(
         image, null_image: DCP tokens (`model.perceive`) or the vision encoder's features, of the LQ picture and of the
             all-zero normalised one; one row or B.
         positive, negative: prompts, one row or B. Guidance needs both negatives; without them, or with guidance 1,
-            there is one evaluation a step.
+            there is one evaluation a step. Of several prompts, each with its share, the predictions are averaged (a
+            call each), as ComfyUI does.
         steps: of the scheduler (paper 30). guidance: classifier-free (paper 7).
         scheduler: a name of `common.schedulers.SCHEDULERS`, or a diffusers scheduler for noise predictions.
         preview_start: 0..1; at steps i of n with i/n below it the LQ latent is its own reference.
         creative_start: 0..1; steps with (i+1)/n above it go without Aggregator.
         adaptive, conditioning_scale: see `AdaptiveRestoration`.
-        image_scale: w of equation 3.
+        image_scale, previewer_scale: w of equation 3, in the UNet and in the Previewer; None = as in the UNet.
+        aggregator_lq: the LQ latent that the Aggregator reads, (B, C, h, w), scaled; None = `lq_latent`.
         reference: a latent, (B, C, h, w), scaled, that the Aggregator reads in place of the previews.
         previewer_text: what the Previewer reads; None = the same prompts as the UNet (the published program's, and the
             paper's text-guided Previewer). It was trained on the empty prompt.
@@ -99,7 +103,7 @@ def sample(
     Raises: ValueError for numbers or shapes that do not fit; NonFiniteLatentError.
     """
     z_lq, batch = lq_latent.float(), len(lq_latent)
-    for name, other in (("noise", noise), ("reference", reference)):
+    for name, other in (("noise", noise), ("reference", reference), ("Aggregator's LQ latent", aggregator_lq)):
         if other is not None and other.shape != lq_latent.shape:
             raise ValueError(f"the {name} is {tuple(other.shape)}, the LQ latent {tuple(z_lq.shape)}; expected equal.")
     for name, part in (("preview_start", preview_start), ("creative_start", creative_start)):
@@ -114,20 +118,21 @@ def sample(
     plan = whole(height, width) if fits else plan_tiles(height, width, tile, overlap)
 
     run = _Run(model, scheduler, plan, tile_batch, on_window)
-    run.lq = z_lq.repeat(2 if guides else 1, 1, 1, 1)
-    run.given = None if reference is None else reference.to(z_lq).repeat(2 if guides else 1, 1, 1, 1)
+    halves = 2 if guides else 1
+    run.lq = (z_lq if aggregator_lq is None else aggregator_lq.to(z_lq)).repeat(halves, 1, 1, 1)
+    run.given = None if reference is None else reference.to(z_lq).repeat(halves, 1, 1, 1)
     run.guidance = guidance if guides else 1.0
     run.adaptive = AdaptiveRestoration(adaptive, batch, conditioning_scale)
     run.preview_start, run.creative_start = preview_start, creative_start
-    run.condition, run.previewer_condition = make_conditions(
-        model,
-        join_text(negative if guides else None, positive, batch),
-        None if previewer_text is None else previewer_text.expand(batch).expand(len(run.lq)),
-        join_images(model, null_image if guides else None, image, batch),
-        window_time_ids(model, plan[0]) if time_ids is None else time_ids.repeat(len(run.lq) // len(time_ids), 1),
-        image_scale,
-        run.makes_previews(),
-    )
+    tokens = join_images(model, null_image if guides else None, image, batch)
+    sizes = window_time_ids(model, plan[0]) if time_ids is None else time_ids.repeat(len(run.lq) // len(time_ids), 1)
+    texts = join_prompts(negative if guides else None, positive, batch)
+    run.told = make_conditions(model, texts, tokens, sizes, image_scale)
+    if run.makes_previews():
+        if previewer_text is not None:
+            texts = join_prompts(previewer_text if guides else None, previewer_text, batch)
+        scale = image_scale if previewer_scale is None else previewer_scale
+        run.previewer_told = make_conditions(model, texts, tokens, sizes, scale, previewer=True)
 
     def after_step(i: int, n: int, x: Tensor, x0: Tensor) -> None:
         run.after_step(x0)
@@ -147,8 +152,8 @@ class _Run:
     lq: Tensor  # LQ latents, (R, C, h, w)
     given: Tensor | None  # the user's reference, same shape
     guidance: float
-    condition: Condition
-    previewer_condition: Condition | None
+    told: Told
+    previewer_told: Told
     adaptive: AdaptiveRestoration
     preview_start: float
     creative_start: float
@@ -187,13 +192,13 @@ class _Run:
             reference = self.lq if own else self.given
             if previews:
                 rows = working.nonzero()[:, 0]
-                found = self._in_windows(self._clean, x[rows.to(x.device)], t, rows, 0, passes)
+                found = self._in_windows(self._clean, self.previewer_told, x[rows.to(x.device)], t, rows, 0, passes)
                 preview = torch.zeros_like(x)
                 preview[rows.to(x.device)] = found
                 self.preview, self.previewed = preview[-len(x) // halves :], working[-len(x) // halves :]
                 reference = self.adaptive.reference(preview, self.lq)
         self.reference, self.working = reference, working
-        epsilon = self._in_windows(self._epsilon, x, t, torch.arange(len(x)), passes - 1, passes)
+        epsilon = self._in_windows(self._epsilon, self.told, x, t, torch.arange(len(x)), passes - 1, passes)
         return epsilon if halves == 1 else guidance_mix(*epsilon.chunk(2)[::-1], self.guidance)
 
     def after_step(self, x0: Tensor) -> None:
@@ -206,18 +211,31 @@ class _Run:
             self.preview_steps.append(self.step)
         self.step += 1
 
-    def _in_windows(self, network: Network, x: Tensor, t: Tensor, rows: Tensor, done: int, passes: int):
+    def _in_windows(self, network: Network, told: Told, x: Tensor, t: Tensor, rows: Tensor, done: int, passes: int):
         """`network` over all windows of x, whose rows are `rows` of this run."""
 
+        def averaged(x: Tensor, t: Tensor, rows: Tensor, boxes: Sequence[Box]) -> Tensor:
+            if len(told) == 1:
+                return network(told[0][0], x, t, rows, boxes)
+            mean = torch.zeros_like(x)
+            for condition, shares in told:
+                at = shares[rows].nonzero()[:, 0]
+                if len(at):
+                    found = network(condition, x[at.to(x.device)], t, rows[at], [boxes[i] for i in at.tolist()])
+                    mean.index_add_(0, at.to(x.device), found * shares[rows[at]].to(found)[:, None, None, None])
+            return mean
+
         def denoise(windows: Tensor, t: Tensor, boxes: list[Box]) -> Tensor:
-            return self._in_memory(network, windows, t, rows.repeat(len(boxes)), [b for b in boxes for _ in rows])
+            return self._in_memory(averaged, windows, t, rows.repeat(len(boxes)), [b for b in boxes for _ in rows])
 
         def report(i: int, n: int) -> None:
             self.on_window(done * n + i, passes * n)
 
         return tiled(denoise, self.plan, self.tile_batch, self.on_window and report)(x, t)
 
-    def _in_memory(self, network: Network, x: Tensor, t: Tensor, rows: Tensor, boxes: list[Box]) -> Tensor:
+    def _in_memory(
+        self, network: Callable[..., Tensor], x: Tensor, t: Tensor, rows: Tensor, boxes: list[Box]
+    ) -> Tensor:
         """One call, or, once memory has run out, several of fewer rows."""
         done: list[Tensor] = []
         start = 0
@@ -234,19 +252,19 @@ class _Run:
             release_cached_memory()
         return done[0] if len(done) == 1 else torch.cat(done)
 
-    def _clean(self, x: Tensor, t: Tensor, rows: Tensor, boxes: Sequence[Box]) -> Tensor:
-        return self.model.clean(x, t, self.previewer_condition, rows, self.levels[self.step])
+    def _clean(self, condition: Condition, x: Tensor, t: Tensor, rows: Tensor, boxes: Sequence[Box]) -> Tensor:
+        return self.model.clean(x, t, condition, rows, self.levels[self.step])
 
-    def _epsilon(self, x: Tensor, t: Tensor, rows: Tensor, boxes: Sequence[Box]) -> Tensor:
+    def _epsilon(self, condition: Condition, x: Tensor, t: Tensor, rows: Tensor, boxes: Sequence[Box]) -> Tensor:
         residuals = None
         if self.reference is not None and (working := self.working[rows]).any():
             at = working.nonzero()[:, 0]
             lq, reference = (
                 torch.stack([boxes[i].crop(z[rows[i]]) for i in at.tolist()]) for z in (self.lq, self.reference)
             )
-            residuals = self.model.residuals(lq, reference, t, self.condition, rows[at])
+            residuals = self.model.residuals(lq, reference, t, condition, rows[at])
             residuals = _scaled(residuals, self.scale[rows[at]], at, len(x))
-        return self.model.epsilon(x, t, self.condition, residuals, rows, self.levels[self.step])
+        return self.model.epsilon(x, t, condition, residuals, rows, self.levels[self.step])
 
 
 def _scaled(residuals: Residuals, scale: Tensor, at: Tensor, count: int) -> Residuals:
