@@ -7,18 +7,20 @@ CONDITIONING, CLIP, VAE, STRING. Two kinds are our own:
   refuses to wire one method's loader to another's sampler. The `model` output of Tiny Models has the types of all
   methods, joined by commas, which ComfyUI and its editor both read as "one of these"; a sampler that is given the wrong
   one says so when it runs (`host.models.require_method`). A new method adds its type to that list and renames nothing.
-- ``FOURFOLD_FRAME``, what LR Prepare knows of a picture and Color Fix needs: exact target size, alpha, reference.
+- ``FOURFOLD_FRAME``, what LR Prepare knows of a picture and Color Fix needs (`frames.Frame`): exact target size, alpha,
+  reference, and the batch that the picture came in.
 """
 
 import torch
 from comfy_api.latest import io, ui
 
 from . import tiny
-from .color_fix import METHODS, color_fix
+from .color_fix import METHODS
 from .degradation import DEGRADATIONS, degrade
+from .frames import put_together, split
 from .host.files import fingerprint
 from .host.models import TINY_LOADERS
-from .images import Prepared, crop, finish, from_comfy, prepare_lr, side_by_side, to_comfy
+from .images import from_comfy, prepare_lr, side_by_side, to_comfy
 
 CATEGORY = "Fourfold"
 MAX_SIDE = 16384  # pixels, of a restored picture
@@ -34,7 +36,8 @@ class LRPrepare(io.ComfyNode):
             display_name="LR Prepare",
             category=CATEGORY,
             description="Enlarges a low-resolution picture to its target size and pads it so that a network can take "
-            "it. Connect the frame to Color Fix, which gives the exact size and the transparency back.",
+            "it. Connect the frame to Color Fix, which gives the exact size and the transparency back. A batch goes on "
+            "as a list, picture by picture.",
             inputs=[
                 io.Image.Input("image", tooltip="The low-resolution picture: any size, grey, RGB or RGBA, or a batch."),
                 io.Float.Input("scale", default=4.0, min=0.25, max=16.0, step=0.05,
@@ -55,16 +58,18 @@ class LRPrepare(io.ComfyNode):
                               "the picture and put back by Color Fix."),
             ],
             outputs=[
-                io.Image.Output("prepared", display_name="prepared", tooltip="Enlarged, padded, RGB: for VAE Encode."),
-                Frame.Output("frame", display_name="frame", tooltip="For Color Fix: size, transparency and colours."),
+                io.Image.Output("prepared", display_name="prepared", is_output_list=True,
+                                tooltip="Enlarged, padded, RGB: for VAE Encode. A list with each picture by itself."),
+                Frame.Output("frame", display_name="frame", is_output_list=True,
+                             tooltip="For Color Fix: size, transparency and colours of each picture."),
             ])
 
     @classmethod
     def execute(cls, image, scale, width, height, multiple, min_short_side, mask=None) -> io.NodeOutput:
         pixels = _with_alpha(from_comfy(image), mask)
         size = _target(pixels, width, height)
-        frame = prepare_lr(pixels, None if size else scale, size, multiple, min_short_side)
-        return io.NodeOutput(to_comfy(frame.pixels), frame)
+        frames = split(prepare_lr(pixels, None if size else scale, size, multiple, min_short_side))
+        return io.NodeOutput([to_comfy(frame.prepared.pixels) for frame in frames], frames)
 
 
 def _target(pixels: torch.Tensor, width: int, height: int) -> tuple[int, int] | None:
@@ -95,7 +100,8 @@ class ColorFix(io.ComfyNode):
             display_name="Color Fix",
             category=CATEGORY,
             description="Crops a restored picture to the exact target size, gives it the colours of the low-resolution "
-            "picture, and puts the transparency back.",
+            "picture, and puts the transparency back. Pictures that came in one batch leave as one.",
+            is_input_list=True,
             inputs=[
                 io.Image.Input("image", tooltip="The restored picture from VAE Decode."),
                 Frame.Input("frame", tooltip="From the LR Prepare that this picture went through."),
@@ -104,22 +110,16 @@ class ColorFix(io.ComfyNode):
                                "frequencies from the input, truer where the light varies. none: colours stay."),
             ],
             outputs=[
-                io.Image.Output("restored", display_name="image", tooltip="The result; RGBA where the input was."),
-                io.Mask.Output("transparency", display_name="mask", tooltip="White = transparent, black = opaque."),
+                io.Image.Output("restored", display_name="image", is_output_list=True,
+                                tooltip="The result; RGBA where the input was."),
+                io.Mask.Output("transparency", display_name="mask", is_output_list=True,
+                               tooltip="White = transparent, black = opaque."),
             ])
 
     @classmethod
-    def execute(cls, image, frame: Prepared, method) -> io.NodeOutput:
-        sr = color_fix(crop(from_comfy(image)[:, :3], frame), frame.lr, method)
-        transparency = torch.zeros_like(sr[:, 0]) if frame.alpha is None else 1 - frame.alpha[:, 0]
-        return io.NodeOutput(to_comfy(_savable(finish(sr, frame), frame)), transparency.cpu())
-
-
-def _savable(image: torch.Tensor, frame: Prepared) -> torch.Tensor:
-    """Grey as RGB: Save Image takes three channels or four."""
-    if not frame.grey:
-        return image
-    return torch.cat([image[:, :1].expand(-1, 3, -1, -1), image[:, 1:]], dim=1)
+    def execute(cls, image, frame, method) -> io.NodeOutput:
+        batches = put_together([from_comfy(pixels) for pixels in image], frame, method[0])
+        return io.NodeOutput([to_comfy(pictures) for pictures, _ in batches], [clear for _, clear in batches])
 
 
 class Degrade(io.ComfyNode):

@@ -8,7 +8,8 @@ import _pytest
 import pytest
 from fourfold.headless.server import SUITE, find_comfyui, find_python
 
-TESTS = ("tests/common/test_comfy_nodes.py", "tests/common/test_host.py", "tests/dit4sr/test_comfy_nodes.py")
+TESTS = ("tests/captions/test_comfy_nodes.py", "tests/common/test_comfy_nodes.py", "tests/common/test_host.py",
+         "tests/dit4sr/test_comfy_nodes.py")
 PROGRAM = """
 import importlib.util
 import sys

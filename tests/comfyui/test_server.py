@@ -209,6 +209,23 @@ def test_transparent_picture_stays_transparent(tiny_graph, client, fetch):
     assert made[0, 3, :, :56].max() < 0.05 and made[0, 3, :, 72:].min() > 0.95
 
 
+def test_a_batch_is_restored_picture_by_picture_each_with_its_own_caption(tiny_graph, client, make_png, fetch):
+    names = [client.upload_image(make_png(32, 48, seed)[0], f"batch{seed}.png") for seed in (8, 9)]
+    singles = [tiny_graph.with_picture(name) for name in names]
+    expected = [fetch(client.run(graph, timeout=600), graph.id("SaveImage")) for graph in singles]
+    graph = copy.deepcopy(singles[0])
+    first = graph.id("LoadImage")
+    graph["200"] = {"class_type": "LoadImage", "inputs": {"image": names[1]}}
+    graph["201"] = {"class_type": "ImageBatch", "inputs": {"image1": [first, 0], "image2": ["200", 0]}}
+    graph.inputs("FourfoldLRPrepare")["image"] = graph.inputs("FourfoldCompare")["before"] = ["201", 0]
+    outputs = client.run(graph, timeout=600)
+    saved, sheets = ([output for output in outputs if output.node_id == graph.id(kind)]
+                     for kind in ("SaveImage", "FourfoldCompare"))
+    assert len(saved) == len(sheets) == 2  # not two for each of two captions
+    for output, single in zip(saved, expected, strict=True):
+        assert torch.equal(fetch([output], output.node_id), single)
+
+
 def test_truncated_checkpoint_is_named_before_anything_runs(server, small_graph, client, fetch):
     content = tiny.tiny_checkpoint("dit4sr").read_bytes()
     (server.workspace / "models/diffusion_models").mkdir(parents=True, exist_ok=True)

@@ -78,12 +78,17 @@ def test_the_entrypoint_gives_all_nodes(nodes, model_folder, monkeypatch):
 
 
 def prepare(nodes, image, **options):
+    """(pictures in one batch, frames); the node gives the pictures as a list."""
     widgets = {"scale": 4.0, "width": 0, "height": 0, "multiple": 16, "min_short_side": 0, **options}
-    return nodes["FourfoldLRPrepare"].execute(image, **widgets).args
+    pictures, frames = nodes["FourfoldLRPrepare"].execute(image, **widgets).args
+    assert [len(pixels) for pixels in pictures] == [1] * len(image)
+    return torch.cat(pictures), frames
 
 
-def fix(nodes, image, frame, method="none"):
-    return nodes["FourfoldColorFix"].execute(image, frame, method).args
+def fix(nodes, image, frames, method="none"):
+    """(pictures, masks) of the one batch that the frames are of."""
+    ((pictures,), (masks,)) = nodes["FourfoldColorFix"].execute(list(image.split(1)), frames, [method]).args
+    return pictures, masks
 
 
 @pytest.mark.parametrize(
@@ -92,34 +97,34 @@ def fix(nodes, image, frame, method="none"):
      ({"width": 5, "height": 50}, (50, 5)), ({"min_short_side": 64}, (36, 28))],
 )
 def test_a_picture_comes_back_at_exactly_the_size_asked_for(nodes, options, target):
-    prepared, frame = prepare(nodes, picture(), **options)
+    prepared, frames = prepare(nodes, picture(), **options)
     assert prepared.shape[1] % 16 == prepared.shape[2] % 16 == 0 and prepared.shape[3] == 3
     assert min(prepared.shape[1:3]) >= options.get("min_short_side", 0)
-    restored, mask = fix(nodes, prepared, frame)
+    restored, mask = fix(nodes, prepared, frames)
     assert restored.shape == (1, *target, 3) and mask.shape == (1, *target) and not mask.any()
 
 
 def test_the_batch_and_grey_pictures_survive(nodes):
-    prepared, frame = prepare(nodes, picture(batch=3, channels=1))
-    restored, _ = fix(nodes, prepared, frame, "adain")
+    prepared, frames = prepare(nodes, picture(batch=3, channels=1))
+    restored, _ = fix(nodes, prepared, frames, "adain")
     assert restored.shape == (3, 36, 28, 3)  # Save Image takes three channels
     assert torch.equal(restored[..., 0], restored[..., 2])
 
 
 def test_transparency_is_put_back(nodes):
     mask = (picture(channels=1)[..., 0] > 0.5).float()
-    prepared, frame = prepare(nodes, picture(), mask=mask)
-    restored, transparency = fix(nodes, prepared, frame)
+    prepared, frames = prepare(nodes, picture(), mask=mask)
+    restored, transparency = fix(nodes, prepared, frames)
     assert restored.shape == (1, 36, 28, 4)
     assert torch.allclose(restored[..., 3], 1 - transparency, atol=1e-6)
     assert torch.allclose(transparency[:, ::4, ::4].mean(), mask.mean(), atol=0.1)
-    through_rgba, rgba_frame = prepare(nodes, torch.cat([picture(), 1 - mask[..., None]], dim=3))
-    assert torch.equal(through_rgba, prepared) and torch.equal(rgba_frame.alpha, frame.alpha)
+    through_rgba, rgba_frames = prepare(nodes, torch.cat([picture(), 1 - mask[..., None]], dim=3))
+    assert torch.equal(through_rgba, prepared) and torch.equal(rgba_frames[0].prepared.alpha, frames[0].prepared.alpha)
 
 
 def test_load_images_mask_of_an_opaque_picture_is_no_transparency(nodes):
-    prepared, frame = prepare(nodes, picture(), mask=torch.zeros(1, 64, 64))
-    assert frame.alpha is None and fix(nodes, prepared, frame)[0].shape[3] == 3
+    prepared, frames = prepare(nodes, picture(), mask=torch.zeros(1, 64, 64))
+    assert frames[0].prepared.alpha is None and fix(nodes, prepared, frames)[0].shape[3] == 3
 
 
 def test_a_mask_of_another_picture_is_refused(nodes):
@@ -128,10 +133,10 @@ def test_a_mask_of_another_picture_is_refused(nodes):
 
 
 def test_colours_come_from_the_low_resolution_picture(nodes):
-    prepared, frame = prepare(nodes, picture())
+    prepared, frames = prepare(nodes, picture())
     shifted = prepared * 0.5 + 0.3
-    raw, fixed = (fix(nodes, shifted, frame, method)[0] for method in ("none", "adain"))
-    reference = frame.lr.mean(dim=(0, 2, 3))
+    raw, fixed = (fix(nodes, shifted, frames, method)[0] for method in ("none", "adain"))
+    reference = frames[0].prepared.lr.mean(dim=(0, 2, 3))
     assert (raw.mean(dim=(0, 1, 2)) - reference).abs().max() > 0.02
     assert (fixed.mean(dim=(0, 1, 2)) - reference).abs().max() < 0.01
 

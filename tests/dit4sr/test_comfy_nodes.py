@@ -213,9 +213,9 @@ def test_the_graph_of_the_tiny_workflow_is_restore(nodes, only_in_comfyui, tiny_
 
     settings = PRESETS["tiny"].sampling
     model, clip, vae = nodes["FourfoldTinyModels"].execute("dit4sr").args
-    prepared, frame = nodes["FourfoldLRPrepare"].execute(
+    (prepared,), frames = nodes["FourfoldLRPrepare"].execute(
         lr.movedim(1, -1), 4.0, 0, 0, settings.multiple, settings.min_short_side).args
-    (caption,) = nodes["FourfoldCaptionImage"].execute(prepared, "embedded", True, "").args[0]
+    (caption,) = nodes["FourfoldCaptionImage"].execute([prepared], ["embedded"], [True], [""]).args[0]
     prompts = (caption, PRESETS["tiny"].negative_prompt)
     positive, negative = (stock.CLIPTextEncode().encode(clip, text)[0] for text in prompts)
     (lr_latent,) = stock.VAEEncode().encode(vae, prepared)
@@ -223,6 +223,6 @@ def test_the_graph_of_the_tiny_workflow_is_restore(nodes, only_in_comfyui, tiny_
         model, positive, negative, lr_latent, 7, settings.steps, settings.guidance, settings.start_sigma,
         model.network.config.injection_scale, settings.tile, settings.overlap, settings.tile_batch).args[0]
     (decoded,) = stock.VAEDecode().decode(vae, latent)
-    result, _ = nodes["FourfoldColorFix"].execute(decoded, frame, settings.color_fix).args
+    (result,), _ = nodes["FourfoldColorFix"].execute([decoded], frames, [settings.color_fix]).args
     assert result.shape == (1, 128, 160, 3)
     assert torch.allclose(result, expected, atol=1e-4)
