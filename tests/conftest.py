@@ -63,15 +63,34 @@ def model_folder(comfyui, tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture(scope="session")
-def small_text_encoders(tmp_path_factory) -> SimpleNamespace:
-    """A diffusers folder with small random text encoders of Stable Diffusion 3.5, and the widths they give."""
-    path = Path(__file__).with_name("small_text_encoders.py")
+def load_beside(name: str):
+    """The module `name`.py next to this file; the tests are no package."""
+    path = Path(__file__).with_name(f"{name}.py")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def small_text_encoders(tmp_path_factory) -> SimpleNamespace:
+    """A diffusers folder with small random text encoders of Stable Diffusion 3.5, and the widths they give."""
+    module = load_beside("small_text_encoders")
     folder = tmp_path_factory.mktemp("sd3")
     module.write(folder)
     (folder / "transformer").mkdir()
     (folder / "transformer" / "config.json").write_text(json.dumps({"joint_attention_dim": module.T5_WIDTH}))
     return SimpleNamespace(folder=folder, width=module.T5_WIDTH, pooled=module.POOLED_WIDTH)
+
+
+@pytest.fixture(scope="session")
+def small_sam_builder():
+    """What makes the small random SAM; skips where segment-anything or torchvision is not installed."""
+    pytest.importorskip("segment_anything", reason="needs segment-anything and torchvision")
+    return load_beside("small_sam").build
+
+
+@pytest.fixture(scope="session")
+def small_sam(small_sam_builder):
+    """A small random SAM of segment-anything's own classes."""
+    return small_sam_builder().requires_grad_(False)
