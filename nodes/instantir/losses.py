@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..common.schedulers import Level
 from .config import Prediction
 
 LossWeight = Literal["none", "x0"]
-Level = tuple[Tensor, Tensor]  # alpha and sigma of x_t = alpha x0 + sigma noise
 DISTILLED_STEPS = 50  # timesteps of the consistency distillation, 20 apart
 
 
@@ -28,7 +28,7 @@ def drop_conditions(
     """
     if min(image, text, both) < 0 or image + text + both > 1:
         raise ValueError(
-            f"the shares to drop are {image}, {text}, {both}; none may be negative, nor their sum above 1."
+            f"the shares to drop are {image}, {text}, {both}; none may be negative, their sum at most 1."
         )
     u = torch.rand(batch, generator=generator)
     dropped_both = (u >= image + text) & (u < image + text + both)
