@@ -84,6 +84,18 @@ def small_text_encoders(tmp_path_factory) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="session")
+def small_flux(tmp_path_factory) -> SimpleNamespace:
+    """A small random FLUX.1: `folder` as diffusers lays it out, `files` as its makers do; `transformer(**sizes)` and
+    `makers_layout(state)` for more."""
+    module, text = load_beside("small_flux"), load_beside("small_text_encoders")
+    folder, files = tmp_path_factory.mktemp("flux"), tmp_path_factory.mktemp("flux_files")
+    module.write_diffusers(folder, text.write_clip_tokenizer, text.write_t5_tokenizer)
+    module.write_makers_files(files, folder)
+    return SimpleNamespace(folder=folder, files=files, transformer=module.transformer, sizes=module.SIZES,
+                           makers_layout=module.makers_layout, width=module.TEXT_WIDTH, pooled=module.POOLED_WIDTH)
+
+
+@pytest.fixture(scope="session")
 def small_sam_builder():
     """What makes the small random SAM; skips where segment-anything or torchvision is not installed."""
     pytest.importorskip("segment_anything", reason="needs segment-anything and torchvision")

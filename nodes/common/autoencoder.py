@@ -59,9 +59,8 @@ class KLAutoencoder(nn.Module):
         """(B, 3, H, W) in 0..1 -> (B, C, H/8, W/8), float32."""
         return self.vae.encode(self._to_vae(2 * pixels - 1)).latent_dist.mean.float()
 
-    @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
-        """(B, C, h, w) unscaled -> (B, 3, 8h, 8w) in 0..1, float32."""
+        """(B, C, h, w) unscaled -> (B, 3, 8h, 8w) in 0..1, float32; lets gradients through to the latent."""
         return (self.vae.decode(self._to_vae(latent)).sample.float() / 2 + 0.5).clamp(0, 1)
 
     def _to_vae(self, tensor: Tensor) -> Tensor:

@@ -46,8 +46,8 @@ class FluxTextEncoder(nn.Module):
             clip, t5 = (_load_folder(c, folder / name, dtype)
                         for c, name in ((CLIPTextModel, "text_encoder"), (T5EncoderModel, "text_encoder_2")))
         else:
-            clip = _load_clip(find_file(folder, "clip_l", "CLIP-L, clip_l.safetensors", FILES_PAGE), dtype)
-            t5 = _load_t5(find_file(folder, "t5", "T5 XXL, t5xxl_fp16.safetensors", FILES_PAGE), dtype)
+            clip = _load_clip(find_file(folder, ("clip_l", "clip"), "CLIP-L, clip_l.safetensors", FILES_PAGE), dtype)
+            t5 = _load_t5(find_file(folder, ("t5",), "T5 XXL, t5xxl_fp16.safetensors", FILES_PAGE), dtype)
         tokenizers = (_load_tokenizer(CLIPTokenizer, folder / "tokenizer"),
                       _load_tokenizer(T5TokenizerFast, folder / "tokenizer_2"))
         return cls(clip, t5, tokenizers).eval().requires_grad_(False)
@@ -83,7 +83,7 @@ def load_flux_autoencoder(path: str | Path, dtype: torch.dtype = torch.float32) 
     path = Path(path).expanduser()
     if (path / "vae").is_dir() or (path / "config.json").is_file():
         return KLAutoencoder.from_pretrained(path, dtype)
-    file = path if path.is_file() else find_file(path, "vae16", "FLUX's autoencoder, ae.safetensors", PAGE)
+    file = path if path.is_file() else find_file(path, ("vae16",), "FLUX's autoencoder, ae.safetensors", PAGE)
     hint = f"Choose ae.safetensors of {PAGE}."
     checkpoints.require_family(checkpoints.read_header(file), "vae16", file, hint)
     state = checkpoints.load_state(file)
@@ -97,13 +97,13 @@ def load_flux_autoencoder(path: str | Path, dtype: torch.dtype = torch.float32) 
     return KLAutoencoder(vae).eval().requires_grad_(False)
 
 
-def find_file(folder: Path, family: str, what: str, page: str) -> Path:
-    """The weight file of a kind (`families.FAMILIES`) in a folder.
+def find_file(folder: Path, families: tuple[str, ...], what: str, page: str) -> Path:
+    """The weight file in a folder that is of one of these kinds (`families.FAMILIES`).
 
     Raises: FileNotFoundError that says what is missing and where it comes from; ValueError if there are several.
     """
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    found = [file for file in files if checkpoints.detect_family(file) == family]
+    found = [file for file in files if checkpoints.detect_family(file) in families]
     if len(found) > 1:
         raise ValueError(f"{folder} holds {len(found)} files that could be {what}: "
                          f"{', '.join(file.name for file in found)}. Leave one of them there.")
