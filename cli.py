@@ -30,7 +30,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = build_parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # comes with pyiqa, warns of speed that nobody here needs
     try:
         return options.run(options)
     except KeyboardInterrupt:
