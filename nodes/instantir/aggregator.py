@@ -13,17 +13,17 @@ from torch.utils.checkpoint import checkpoint
 from .attention import Condition
 from .unet import Residuals, build_unet, embed_text_and_size
 
-HIDDEN = 128  # channels inside an SFT layer
+HIDDEN = 128  # channels inside a published SFT layer
 
 
 class SFT(nn.Module):
     """Spatial feature transform (equation 6): h_res = (1 + alpha(h_lq)) h_ref + beta(h_lq)."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, hidden: int = HIDDEN):
         super().__init__()
-        self.mlp_shared = nn.Sequential(nn.Conv2d(channels, HIDDEN, 3, padding=1), nn.SiLU())
-        self.mul = nn.Conv2d(HIDDEN, channels, 3, padding=1)
-        self.add = nn.Conv2d(HIDDEN, channels, 3, padding=1)
+        self.mlp_shared = nn.Sequential(nn.Conv2d(channels, hidden, 3, padding=1), nn.SiLU())
+        self.mul = nn.Conv2d(hidden, channels, 3, padding=1)
+        self.add = nn.Conv2d(hidden, channels, 3, padding=1)
 
     def forward(self, both: Tensor) -> Tensor:
         """(B, C, 2h, w), the LQ half above the reference's -> (B, C, h, w)."""
@@ -37,9 +37,10 @@ class Aggregator(nn.Module):
 
     Args:
         unet_config: diffusers' config of the UNet.
+        hidden: channels inside an SFT layer.
     """
 
-    def __init__(self, unet_config: Mapping[str, Any]):
+    def __init__(self, unet_config: Mapping[str, Any], hidden: int = HIDDEN):
         super().__init__()
         unet = build_unet(unet_config)
         for module in unet.modules():
@@ -53,8 +54,8 @@ class Aggregator(nn.Module):
         for block in self.down_blocks:
             widths += [resnet.out_channels for resnet in block.resnets]
             widths += [sampler.out_channels for sampler in block.downsamplers or ()]
-        self.controlnet_down_blocks = nn.ModuleList(_connector(width) for width in widths)
-        self.controlnet_mid_block = _connector(self.mid_block.resnets[-1].out_channels)
+        self.controlnet_down_blocks = nn.ModuleList(_connector(width, hidden) for width in widths)
+        self.controlnet_mid_block = _connector(self.mid_block.resnets[-1].out_channels, hidden)
         self.init_connectors()
 
     @property
@@ -115,8 +116,8 @@ class Aggregator(nn.Module):
         return down, self.controlnet_mid_block(hidden)
 
 
-def _connector(channels: int) -> nn.Sequential:
-    return nn.Sequential(SFT(channels), nn.Conv2d(channels, channels, 1))
+def _connector(channels: int, hidden: int) -> nn.Sequential:
+    return nn.Sequential(SFT(channels, hidden), nn.Conv2d(channels, channels, 1))
 
 
 def _conv_sizes(conv: nn.Conv2d) -> tuple[int, int, tuple[int, int]]:

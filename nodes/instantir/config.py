@@ -67,6 +67,7 @@ class InstantIRConfig:
     resampler: ResamplerConfig | None = None  # with it come the time-aware cross-attentions
     previewer: PreviewerConfig | None = None
     aggregator: bool = False
+    aggregator_hidden: int = 128  # channels inside its SFT layers
 
     prediction: Prediction = "epsilon"  # what the UNet puts out; the tiny network's puts out v
     train_timesteps: int = 1000
@@ -118,14 +119,16 @@ class Sampling:
     min_short_side: int = 768  # pixels; smaller pictures are drawn with a short side of this
     max_long_side: int = 1024  # pixels; drawn in one window up to this
     multiple: int = 64  # pixels, the drawn picture's sides are multiples of it
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # that brings the LQ picture to its size
 
 
 @dataclass(frozen=True)
 class Preset:
     network: InstantIRConfig
     sampling: Sampling
-    prompt: str = ""
+    prompt: str = ""  # where the user gives none; follows the caption, if there is one
     negative_prompt: str = ""
+    captioned: bool = False  # pictures are captioned without being asked: the tiny networks learnt from captions
 
 
 _COMMON_UNET = dict(
@@ -175,8 +178,9 @@ PRESETS: dict[str, Preset] = {
         InstantIRConfig(
             TINY_UNET,
             ResamplerConfig(embedding_dim=128, dim=128, depth=2, dim_head=32, heads=4, num_queries=16, output_dim=128),
-            PreviewerConfig(rank=16),
+            PreviewerConfig(rank=8),
             aggregator=True,
+            aggregator_hidden=32,
             prediction="v",
             downscale=4,
             latent_scale=1.0,
@@ -190,6 +194,8 @@ PRESETS: dict[str, Preset] = {
             min_short_side=128,
             max_long_side=128,
             multiple=8,
+            interpolation="bicubic",  # what it is trained with
         ),
+        captioned=True,
     ),
 }

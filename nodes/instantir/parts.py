@@ -68,7 +68,7 @@ class InstantIRParts(nn.Module):
     def add_aggregator(self, copy: bool = True) -> None:
         """Adds the Aggregator; with `copy`, its weights begin as the UNet's (without the Previewer's LoRA)."""
         with torch.device("meta"):  # the UNet's up path is built as well and thrown away
-            self.aggregator = Aggregator(self.config.unet)
+            self.aggregator = Aggregator(self.config.unet, self.config.aggregator_hidden)
         self.config = replace(self.config, aggregator=True)
         if self.unet.conv_in.weight.is_meta:
             return

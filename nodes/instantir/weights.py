@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,7 @@ PARTS = {  # part -> family, name of the published file
     "previewer": ("instantir_previewer", "previewer_lora_weights.bin"),
 }
 _ADAPTER_PARTS = ("image_proj.", "ip_adapter.")
+_SFT = "controlnet_mid_block.0.mlp_shared.0.weight"  # (channels inside an SFT layer, ...)
 
 
 def load_parts(
@@ -68,6 +69,8 @@ def load_parts(
         resampler = ResamplerConfig.from_shapes(shapes, dim_head or own.get("dim_head") or _head_width(config))
     alpha = headers["previewer"].config.get("alpha", 1.0) if "previewer" in headers else 1.0
     network = InstantIRConfig(config, resampler, aggregator="aggregator" in parts)
+    if (shared := parts.get("aggregator", {}).get(_SFT)) is not None:
+        network = replace(network, aggregator_hidden=len(shared))
     return _assemble(model_class, network, {"unet": base, **parts}, shown, alpha, dtype)
 
 
