@@ -56,6 +56,18 @@ def test_the_setup_script_explains_itself():
     assert done.returncode == 1 and "run.py demo" in done.stderr and "run.py test" in done.stderr
 
 
+def test_the_demo_runs_where_the_user_is_and_says_what_to_do_next(monkeypatch, capsys):
+    """A relative --out is the user's, and so is the folder that the pictures go to without one."""
+    program, calls = runpy.run_path(str(SUITE / "scripts" / "run.py")), []
+    monkeypatch.setitem(program["main"].__globals__, "set_up", lambda extra: None)
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: calls.append((command, options["cwd"])) or
+                        subprocess.CompletedProcess(command, 0))
+    with pytest.raises(SystemExit) as stop:
+        program["main"](["demo", "--out", "pictures"])
+    assert stop.value.code == 0 and calls[0][0][-2:] == ["--out", "pictures"] and calls[0][1] is None
+    assert f"{program['python']().with_name('fourfold')} restore photo.jpg" in capsys.readouterr().out
+
+
 def test_the_changelog_knows_this_version():
     changes = (SUITE / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"## {PROJECT['project']['version']}" in changes
