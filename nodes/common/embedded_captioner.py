@@ -71,6 +71,8 @@ class EmbeddedCaptioner:
                 measure the damage ("flat, blurred"), and a network that is given such a prompt paints it.
         """
         self.as_good = as_good
+        if as_good:
+            self.identity += " as good"
 
     def __call__(self, images: Tensor) -> list[str]:
         """Caption of each image.

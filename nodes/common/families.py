@@ -143,6 +143,12 @@ def _ldm_unet(adm: int | None = None, context: int | None = None) -> Callable[[_
     return matches
 
 
+def _is_odd_sdxl(keys: _Keys) -> bool:
+    """An SDXL of another size than the published one: a vector condition, and text as no Stable Diffusion has it."""
+    return ("input_blocks.0.0.weight" in keys and keys.width("label_emb.0.0.weight") is not None
+            and keys.width("attn2.to_k.weight") not in (768, 1024, None))
+
+
 def _diffusers_unet(keys: _Keys) -> bool:
     return "conv_in.weight" in keys and keys.starts("down_blocks.") and keys.starts("up_blocks.")
 
@@ -197,6 +203,7 @@ def _clip(width: int | None) -> Callable[[_Keys], bool]:
 
 _RULES: list[tuple[str, Callable[[_Keys], bool]]] = [  # the first that matches wins
     ("instantir_previewer", _is_previewer),
+    ("dreamsr", lambda k: k.has("control.image_injections.0.")),
     ("lora", _is_lora),
     ("instantir_adapter", lambda k: k.has(".ln_k_ip.linear.weight") and k.has("image_proj.latents")),
     ("ip_adapter", lambda k: k.starts("image_proj.") and k.starts("ip_adapter.")),
@@ -207,7 +214,6 @@ _RULES: list[tuple[str, Callable[[_Keys], bool]]] = [  # the first that matches 
     ("sd35_medium", _is_sd35_medium),
     ("sd35_large", _is_sd35_large),
     ("sd3", lambda k: _joint_blocks(k) or _sd3_diffusers(k)),
-    ("dreamsr", lambda k: k.has("control.image_injections.0.")),
     ("flux2", _is_flux2),
     ("flux_tools", _is_flux_tools),
     ("flux", _is_flux_dev),
@@ -216,6 +222,7 @@ _RULES: list[tuple[str, Callable[[_Keys], bool]]] = [  # the first that matches 
     ("dit", lambda k: k.has("norm1.emb.class_embedder.embedding_table.weight", "y_embedder.embedding_table.weight")),
     ("sdxl", _ldm_unet(adm=2816)),
     ("sdxl_refiner", _ldm_unet(adm=2560)),
+    ("sdxl", _is_odd_sdxl),
     ("sd2", _ldm_unet(context=1024)),
     ("sd15", _ldm_unet(context=768)),
     ("sdxl_refiner", lambda k: _diffusers_unet(k) and k.width("add_embedding.linear_1.weight") == 2560),

@@ -30,7 +30,7 @@ Captioner = Callable[[Tensor], list[str]]
 CAPTIONED_AT_ONCE = 8  # patches a call of the captioner
 LONGEST_SHORT_SIDE = 1024  # pixels; larger pictures are captioned as a whole at this size (as in training, section 4.1)
 _HEADER = re.compile(
-    r"^\[(?:picture (?P<picture>\d+), )?(?:(?P<whole>global)|patch (?P<patch>\d+))(?::[^\]]*)?\][ \t]*$",
+    r"^\[(?:picture (?P<picture>\d+), )?(?:(?P<whole>global)|patch (?P<patch>\d+))(?::[^\]]*)?\][ \t\r]*$",
     re.MULTILINE | re.IGNORECASE,
 )
 

@@ -74,6 +74,8 @@ CASES = [
                             "proj_out.weight": (64, 3072)}),
     ("flux2", FLUX | {"double_stream_modulation_img.lin.weight": (18432, 3072)}),
     ("dreamsr", FLUX_FOLDER | {"control.image_injections.0.layers.0.weight": (3072, 3072)}),
+    ("dreamsr", {"control.image_injections.0.layers.0.weight": (3072, 3072),
+                 "ra_lora.transformer_blocks.0.attn.to_q.lora_A.weight": (256, 3072)}),
     ("instancersr", {"transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight": (1001, 1152),
                      "control.projections.0.weight": (1152, 1152)}),
     ("dit", {"transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight": (1001, 1152)}),
