@@ -1,6 +1,6 @@
 """Which device to compute on, and how networks share one that does not hold them all at once."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 from .memory import release_cached_memory
 
 GET_TORCH = "https://pytorch.org/get-started/locally/"
+WEIGHTS_SHARE = 0.75  # of the free memory of a device that weights may take; the rest is for computing
 
 
 def best_device() -> torch.device:
@@ -61,6 +62,19 @@ def _why_not(kind: str) -> str:
     if torch.version.cuda is None and torch.version.hip is None:
         return f"it was built without CUDA. For an NVIDIA GPU install a build with CUDA, see {GET_TORCH}."
     return "it finds no GPU or no driver. `nvidia-smi` must list the GPU, with a driver that is new enough."
+
+
+def must_offload(modules: Iterable[nn.Module], device: torch.device | str) -> bool:
+    """Whether networks have to take turns on a device, as their weights together would leave too little room on it.
+
+    Only of CUDA devices does torch know the free memory; on others nothing is offloaded.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        return False
+    weights = {id(tensor): tensor for module in modules for tensor in (*module.parameters(), *module.buffers())}
+    free, _ = torch.cuda.mem_get_info(device)
+    return sum(tensor.nbytes for tensor in weights.values()) > WEIGHTS_SHARE * free
 
 
 @contextmanager

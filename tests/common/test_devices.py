@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fourfold.nodes.common.devices import best_device, find_device, on_device
+from fourfold.nodes.common.devices import best_device, find_device, must_offload, on_device
 from torch import nn
 
 
@@ -94,3 +94,11 @@ def test_without_offload_a_network_stays(network):
     with on_device(network, "meta", offload=False):
         pass
     assert places(network) == {"meta"}
+
+
+@pytest.mark.parametrize("free, expected", [(2000, False), (1599, True)])
+def test_networks_take_turns_where_their_weights_would_fill_the_device(monkeypatch, free, expected):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10 * free))
+    networks = [nn.Linear(100, 1, bias=False), nn.Linear(100, 2, bias=False)]  # 1200 bytes together
+    assert must_offload([*networks, networks[0]], "cuda") is expected
+    assert not must_offload(networks, "cpu") and not must_offload(networks, "mps")
