@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
-from ..nodes.common.autoencoder import KLAutoencoder
 from ..nodes.common.codec import LinearCodec
+from ..nodes.common.sdxl_text import SDXLTextEncoder
+from ..nodes.common.sdxl_vae import read_sdxl_vae
 from ..nodes.common.tiny import tiny_checkpoint
 from ..nodes.common.tiny_text import TinyTextEncoder
 from ..nodes.common.vision import PAGE as DINO_PAGE
@@ -16,10 +19,10 @@ from .instantir_study import InstantIRTraining, Parts
 
 def tiny_parts(config: InstantIRTraining, vision: bool = True) -> Parts:
     """The tiny family's codec, text encoder and, if wanted, vision encoder: the given files or the shipped ones."""
-    files = {part: getattr(config, part) or tiny_checkpoint(part)
+    files = {part: Path(getattr(config, part) or tiny_checkpoint(part))
              for part in ("codec", "text", "vision") if vision or part != "vision"}
-    return Parts(LinearCodec.load(files["codec"]).eval(), TinyTextEncoder.load(files["text"]),
-                 VisionEncoder.from_pretrained(files["vision"]) if vision else None)
+    return Parts(LinearCodec.load(files["codec"]), TinyTextEncoder.load(files["text"]),
+                 VisionEncoder.from_pretrained(files["vision"]) if vision else None, files)
 
 
 def load_start(config: InstantIRTraining, needed: tuple[str, ...] = ()) -> tuple[InstantIR, Parts]:
@@ -39,7 +42,7 @@ def load_start(config: InstantIRTraining, needed: tuple[str, ...] = ()) -> tuple
             raise ValueError(f"--start {config.start} has no {' and no '.join(lacking)}: give the export of the "
                              "training that comes before this one (base, DCP, Previewer, Aggregator).")
         return model, tiny_parts(config)
-    asked = {"sdxl": "the folder of Stable Diffusion XL", "dino": f"the folder of {DINO_PAGE}",
+    asked = {"sdxl": "the diffusers folder of Stable Diffusion XL, or its checkpoint", "dino": f"the folder of {DINO_PAGE}",
              **{part: f"the {part}'s file, published or trained here" for part in needed}}
     for name, what in asked.items():
         if getattr(config, name) is None:
@@ -47,11 +50,8 @@ def load_start(config: InstantIRTraining, needed: tuple[str, ...] = ()) -> tuple
     dtype = torch.float32 if config.mixed_precision == "no" else torch.bfloat16
     files = {"previewer_lora" if part == "previewer" else part: getattr(config, part) for part in needed}
     model = InstantIR.load(unet=config.sdxl, **files, dtype=dtype)
-    return model, Parts(KLAutoencoder.from_pretrained(config.sdxl, dtype), _sdxl_text(config.sdxl, dtype),
-                        VisionEncoder.from_pretrained(config.dino, dtype).requires_grad_(False))
-
-
-def _sdxl_text(folder: str, dtype: torch.dtype):
-    from ..nodes.common.text import SDXLTextEncoder
-
-    return SDXLTextEncoder.from_pretrained(folder, dtype=dtype).requires_grad_(False)
+    parts = Parts(read_sdxl_vae(config.sdxl, dtype), SDXLTextEncoder.from_pretrained(config.sdxl, dtype),
+                  VisionEncoder.from_pretrained(config.dino, dtype))
+    for part in parts[:3]:
+        part.requires_grad_(False)
+    return model, parts

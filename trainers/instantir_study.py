@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..nodes.common.tiny import FILES
 from ..nodes.instantir.config import PRESETS
 from ..nodes.instantir.model import InstantIR
 from ..nodes.instantir.sampler import sample
+from ..nodes.instantir.weights import PARTS
 from .data import Photographs
 from .fit import FitConfig, FitResult, fit, option
 
@@ -38,7 +40,7 @@ class InstantIRTraining(FitConfig):
     preset: Literal["full", "tiny"] = option("full", "size of the network")
     samples: int = option(4, "pictures drawn every --sample_every steps")
 
-    sdxl: str | None = option(None, "full size: diffusers folder of Stable Diffusion XL")
+    sdxl: str | None = option(None, "full size: Stable Diffusion XL, its diffusers folder or checkpoint")
     dino: str | None = option(None, "full size: transformers folder of DINOv2 large")
     start: str | None = option(None, "tiny: the file that the training before this one exported")
     codec: str | None = option(None, "tiny: the codec's file; None = the shipped one")
@@ -73,11 +75,12 @@ TINY = {  # what the tiny family's trainings change
 
 
 class Parts(NamedTuple):
-    """What turns photographs into the network's inputs."""
+    """What turns photographs into the network's inputs; of the tiny family's parts, the files, which go with exports."""
 
     autoencoder: nn.Module
     text: nn.Module
     vision: nn.Module | None = None
+    files: Mapping[str, Path] = {}
 
 
 class Noised(NamedTuple):
@@ -105,7 +108,7 @@ class InstantIRStudy(nn.Module):
     def __init__(self, config: InstantIRTraining, model: InstantIR, parts: Parts):
         super().__init__()
         self.config, self.model = config, model
-        self.autoencoder, self.text, self.vision = parts
+        self.autoencoder, self.text, self.vision, self.files = parts
         self.samples: list[dict[str, Any]] = []
         model.requires_grad_(False)
         for part in (self.part, "unet") if config.train_base else (self.part,):
@@ -176,12 +179,16 @@ class InstantIRStudy(nn.Module):
     # What is written
 
     def save(self, state: Mapping[str, Tensor], folder: Path, step: int) -> None:
-        """Writes the tiny network with all parts that it has by now as one file, of a full one the trained part."""
+        """Writes a full network's trained part under its published name; a tiny network with all parts that it has by
+        now as one file, and beside it the codec and the encoders that it was trained with."""
         weights = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
-        if self.config.preset == "tiny":
-            self.model.save_pretrained(folder / self.file, weights, **self.described(step))
-        else:
-            self.model.save_part(folder / f"{self.part}.safetensors", self.part, weights, **self.described(step))
+        if self.config.preset == "full":
+            name = Path(PARTS[self.part][1]).with_suffix(".safetensors")
+            self.model.save_part(folder / name, self.part, weights, **self.described(step))
+            return
+        self.model.save_pretrained(folder / self.file, weights, **self.described(step))
+        for part, file in self.files.items():
+            shutil.copyfile(file, folder / FILES[part])
 
     def described(self, step: int) -> dict[str, Any]:
         """What the exported files say about themselves: of files and folders their names only."""

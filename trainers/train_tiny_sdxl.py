@@ -57,7 +57,7 @@ class BaseStudy(InstantIRStudy):
         return loss, {}
 
     def save(self, state: Mapping[str, Tensor], folder: Path, step: int) -> None:
-        super().save(state, folder, step)
+        super().save(state, folder, step)  # with the text encoder that it started from
         if self.config.train_text:
             weights = {name: state[f"text.{name}"] for name in self.text.export_state()}
             self.text.save(folder / FILES["text"], weights, **self.described(step))
