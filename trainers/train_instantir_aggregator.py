@@ -76,7 +76,9 @@ class AggregatorStudy(InstantIRStudy):
         down, mid = self.model.aggregate(z_lq, preview, noised.t, empty.pooled, sizes)
         heard = (~alone).to(z.device)[:, None, None, None]
         residuals = [skip * heard.to(skip) for skip in down], mid * heard.to(mid)
-        output = self.model(noised.x, noised.t, text.prompt_embeds, text.pooled, sizes, tokens, residuals)
+        anchor = z_lq * heard.to(z_lq) if self.model.config.anchor == "lr" else None
+        output = self.model(noised.x, noised.t, text.prompt_embeds, text.pooled, sizes, tokens, residuals,
+                            anchor=anchor)
         return self.loss(output, z, noised, heard), {}
 
     def loss(self, output: Tensor, z: Tensor, noised: Noised, heard: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from .prompts import NEGATIVE, POSITIVE
 
-Prediction = Literal["epsilon", "v"]
+Prediction = Literal["epsilon", "v", "sample"]
+Anchor = Literal["none", "lr"]
 Adaptive = Literal["off", "paper", "release"]
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -69,7 +70,8 @@ class InstantIRConfig:
     aggregator: bool = False
     aggregator_hidden: int = 128  # channels inside its SFT layers
 
-    prediction: Prediction = "epsilon"  # what the UNet puts out; the tiny network's puts out v
+    prediction: Prediction = "epsilon"  # what the UNet puts out; the tiny network's puts out the clean latent
+    anchor: Anchor = "none"  # "lr": with the Aggregator it is a residual on the LQ latent (tiny; not in the paper)
     train_timesteps: int = 1000
     beta_start: float = 0.00085  # of the scaled-linear noise schedule
     beta_end: float = 0.012
@@ -78,8 +80,13 @@ class InstantIRConfig:
     latent_scale: float = 0.13025
 
     def __post_init__(self) -> None:
-        if self.prediction not in ("epsilon", "v"):
-            raise ValueError(f"prediction is {self.prediction!r}; 'epsilon' or 'v' is expected.")
+        if self.prediction not in ("epsilon", "v", "sample"):
+            raise ValueError(f"prediction is {self.prediction!r}; 'epsilon', 'v' or 'sample' is expected.")
+        if self.anchor != "none" and (self.anchor, self.prediction) != ("lr", "sample"):
+            raise ValueError(
+                f"anchor is {self.anchor!r} and prediction {self.prediction!r}; 'none', or 'lr' with the prediction "
+                "'sample', is expected: a residual on the LQ latent is a clean latent."
+            )
         if self.unet.get("addition_embed_type") != "text_time":
             raise ValueError(
                 f"the UNet's addition_embed_type is {self.unet.get('addition_embed_type')!r}; InstantIR needs "
@@ -181,7 +188,8 @@ PRESETS: dict[str, Preset] = {
             PreviewerConfig(rank=8),
             aggregator=True,
             aggregator_hidden=32,
-            prediction="v",
+            prediction="sample",
+            anchor="lr",
             downscale=4,
             latent_scale=1.0,
         ),

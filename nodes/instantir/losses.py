@@ -45,12 +45,12 @@ def diffusion_loss(
     weight: LossWeight = "none",
     l1: float = 0.0,
 ) -> Tensor:
-    """Mean squared error of what the UNet puts out (equation 1): the noise, or v = alpha noise - sigma x0.
+    """Mean squared error of what the UNet puts out (equation 1): the noise, v = alpha noise - sigma x0, or x0 ("sample").
 
     Args:
         output, x0, noise: (B, C, h, w). alpha, sigma: (B,), of x_t = alpha x0 + sigma noise.
         weight: "none" as the paper; not in the paper: "x0" weights by the error of the clean latent that the output
-            stands for, |error of v|^2 sigma^2 or |error of epsilon|^2 (sigma / alpha)^2.
+            stands for, |error of v|^2 sigma^2 or |error of epsilon|^2 (sigma / alpha)^2; that of a "sample" itself.
         l1: not in the paper: this much of the mean absolute error, weighted likewise, is added (crisper edges).
     Raises: ValueError if the shapes differ.
     """
@@ -58,9 +58,10 @@ def diffusion_loss(
         shapes = ", ".join(str(tuple(x.shape)) for x in (output, x0, noise))
         raise ValueError(f"the output, the clean latent and the noise are {shapes}; expected equal shapes.")
     alpha, sigma = _rows(alpha, x0), _rows(sigma, x0)
-    error = output.float() - (noise if prediction == "epsilon" else alpha * noise - sigma * x0).float()
+    target = {"epsilon": noise, "v": alpha * noise - sigma * x0, "sample": x0}[prediction]
+    error = output.float() - target.float()
     if weight == "x0":
-        error = error * (sigma / alpha if prediction == "epsilon" else sigma)
+        error = error * {"epsilon": sigma / alpha, "v": sigma, "sample": 1}[prediction]
     loss = error.square().mean()
     return loss + l1 * error.abs().mean() if l1 else loss
 

@@ -54,9 +54,15 @@ class InstantIR(InstantIRParts):
         return Condition(here[0], here[1], sizes, here[2], previewer, scale, {} if keep else None)
 
     def output(
-        self, x: Tensor, t: Tensor, condition: Condition, residuals: Residuals | None = None, rows: Tensor | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        condition: Condition,
+        residuals: Residuals | None = None,
+        rows: Tensor | None = None,
+        anchor: Tensor | None = None,
     ) -> Tensor:
-        """What the UNet puts out, epsilon or v as the config says, (N, C, h, w), dtype of x.
+        """What the network predicts, epsilon, v or x0 ("sample") as the config says, (N, C, h, w), dtype of x.
 
         Args:
             x: x_t, variance preserving, (N, C, h, w).
@@ -64,12 +70,14 @@ class InstantIR(InstantIRParts):
             condition: of P pictures.
             residuals: the Aggregator's, scaled.
             rows: (N,) on the CPU, which picture a row of x is; None = row i is picture i mod P.
+            anchor: of a network with `anchor = "lr"`: the LQ latents, (N, C, h, w), zero in rows without residuals. not
+                in the paper: a small network then need not learn to copy its input.
         """
         step = Pass(condition, _rows(rows, len(x), condition))
         with self.previewing(condition.previewer):
             x_t, t = x.to(self.device, self.dtype), t.to(self.device)
             out = self.unet.evaluate(x_t, t, step, _like(residuals, self.dtype))
-        return out.to(x)
+        return out.to(x) if anchor is None else anchor.to(x) + out.to(x)
 
     def epsilon(
         self,
@@ -79,13 +87,14 @@ class InstantIR(InstantIRParts):
         residuals: Residuals | None = None,
         rows: Tensor | None = None,
         level: Level | None = None,
+        anchor: Tensor | None = None,
     ) -> Tensor:
         """Noise prediction; arguments as of `output`. `level`: alpha and sigma of x, None = the config's at t."""
-        out = self.output(x, t, condition, residuals, rows)
+        out = self.output(x, t, condition, residuals, rows, anchor)
         if self.config.prediction == "epsilon":
             return out
         alpha, sigma = self._at(t, x, level)
-        return alpha * out + sigma * x
+        return alpha * out + sigma * x if self.config.prediction == "v" else (x - alpha * out) / sigma
 
     def clean(
         self, x: Tensor, t: Tensor, condition: Condition, rows: Tensor | None = None, level: Level | None = None
@@ -98,7 +107,9 @@ class InstantIR(InstantIRParts):
         return preview_from(x, x0, t.to(x.device).expand(len(x))) if condition.previewer else x0
 
     def to_clean(self, output: Tensor, x: Tensor, t: Tensor, level: Level | None = None) -> Tensor:
-        """x0 = (x_t - sigma epsilon) / alpha (equation 2), or alpha x_t - sigma v."""
+        """x0 = (x_t - sigma epsilon) / alpha (equation 2), or alpha x_t - sigma v, or the output itself."""
+        if self.config.prediction == "sample":
+            return output
         alpha, sigma = self._at(t, x, level)
         return (x - sigma * output) / alpha if self.config.prediction == "epsilon" else alpha * x - sigma * output
 
@@ -125,10 +136,12 @@ class InstantIR(InstantIRParts):
 
     # The same with loose conditions
 
-    def forward(self, x, t, prompt_embeds, pooled, time_ids, tokens=None, residuals=None, previewer=False) -> Tensor:
+    def forward(
+        self, x, t, prompt_embeds, pooled, time_ids, tokens=None, residuals=None, previewer=False, anchor=None
+    ) -> Tensor:
         """`output` under conditions of as many rows as x; nothing is kept. For training."""
         condition = self.condition(prompt_embeds, pooled, time_ids, tokens, previewer, keep=False)
-        return self.output(x, t, condition, residuals)
+        return self.output(x, t, condition, residuals, anchor=anchor)
 
     def denoise(
         self,
@@ -140,6 +153,7 @@ class InstantIR(InstantIRParts):
         tokens: Tensor | None = None,
         residuals: Residuals | None = None,
         previewer: bool = False,
+        anchor: Tensor | None = None,
     ) -> Tensor:
         """Noise prediction, (N, C, h, w), whatever the UNet puts out.
 
@@ -149,7 +163,7 @@ class InstantIR(InstantIRParts):
             residuals: from `aggregate`, scaled. previewer: with the LoRA on.
         """
         condition = self.condition(prompt_embeds, pooled, time_ids, tokens, previewer, keep=False)
-        return self.epsilon(x, t, condition, residuals)
+        return self.epsilon(x, t, condition, residuals, anchor=anchor)
 
     def preview(
         self, x: Tensor, t: Tensor, prompt_embeds: Tensor, pooled: Tensor, time_ids: Tensor, tokens: Tensor

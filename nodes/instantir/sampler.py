@@ -256,7 +256,7 @@ class _Run:
         return self.model.clean(x, t, condition, rows, self.levels[self.step])
 
     def _epsilon(self, condition: Condition, x: Tensor, t: Tensor, rows: Tensor, boxes: Sequence[Box]) -> Tensor:
-        residuals = None
+        residuals = anchor = None
         if self.reference is not None and (working := self.working[rows]).any():
             at = working.nonzero()[:, 0]
             lq, reference = (
@@ -264,17 +264,20 @@ class _Run:
             )
             residuals = self.model.residuals(lq, reference, t, condition, rows[at])
             residuals = _scaled(residuals, self.scale[rows[at]], at, len(x))
-        return self.model.epsilon(x, t, condition, residuals, rows, self.levels[self.step])
+            anchor = _spread(lq, at, len(x)) if self.model.config.anchor == "lr" else None
+        return self.model.epsilon(x, t, condition, residuals, rows, self.levels[self.step], anchor)
 
 
 def _scaled(residuals: Residuals, scale: Tensor, at: Tensor, count: int) -> Residuals:
     """Residuals of some rows, scaled, as residuals of all `count` rows: nothing for the others."""
+    down, mid = ([_spread(z * scale.to(z)[:, None, None, None], at, count) for z in part]
+                 for part in (residuals[0], [residuals[1]]))
+    return down, mid[0]
 
-    def spread(z: Tensor) -> Tensor:
-        z = z * scale.to(z)[:, None, None, None]
-        return z if len(z) == count else z.new_zeros(count, *z.shape[1:]).index_copy(0, at.to(z.device), z)
 
-    return [spread(z) for z in residuals[0]], spread(residuals[1])
+def _spread(z: Tensor, at: Tensor, count: int) -> Tensor:
+    """Rows `at` of `count` rows, the others zero."""
+    return z if len(z) == count else z.new_zeros(count, *z.shape[1:]).index_copy(0, at.to(z.device), z)
 
 
 def _prepare(scheduler: Any, steps: int, model: InstantIR) -> Any:
