@@ -42,7 +42,8 @@ def load_start(config: InstantIRTraining, needed: tuple[str, ...] = ()) -> tuple
             raise ValueError(f"--start {config.start} has no {' and no '.join(lacking)}: give the export of the "
                              "training that comes before this one (base, DCP, Previewer, Aggregator).")
         return model, tiny_parts(config)
-    asked = {"sdxl": "the diffusers folder of Stable Diffusion XL, or its checkpoint", "dino": f"the folder of {DINO_PAGE}",
+    asked = {"sdxl": "the diffusers folder of Stable Diffusion XL, or its checkpoint",
+             "dino": f"the folder of {DINO_PAGE}",
              **{part: f"the {part}'s file, published or trained here" for part in needed}}
     for name, what in asked.items():
         if getattr(config, name) is None:

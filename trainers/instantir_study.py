@@ -75,7 +75,7 @@ TINY = {  # what the tiny family's trainings change
 
 
 class Parts(NamedTuple):
-    """What turns photographs into the network's inputs; of the tiny family's parts, the files, which go with exports."""
+    """What turns photographs into the network's inputs; the files of the tiny family's parts, which go with exports."""
 
     autoencoder: nn.Module
     text: nn.Module

@@ -1,6 +1,7 @@
 """Puts freshly trained parts of the tiny family in their place.
 
-    python -m fourfold.trainers.place_tiny --dit4sr runs/tiny/dit4sr --codec runs/tiny/codec.safetensors
+    python -m fourfold.trainers.place_tiny --codec runs/tiny/codec.safetensors --dit4sr runs/tiny/dit4sr \\
+        --vision runs/tiny/vision --instantir runs/tiny/aggregator
 """
 
 from __future__ import annotations
@@ -11,15 +12,23 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ..nodes.common.checkpoints import atomic_path, require_family
 from ..nodes.common.tiny import FILES, checkpoints_dir
-from ..nodes.common.weight_files import read_header
+from ..nodes.common.weight_files import load_state, read_header
 from ..nodes.dit4sr.model import WEIGHTS_NAME
 from .fit import option, parse
 from .resume import checkpoints
 
 log = logging.getLogger(__name__)
 LARGEST = 64 * 2**20  # bytes, of the whole family
+RUNS = {  # option -> part of the family -> where its file lies in the newest export of the training
+    "dit4sr": {"dit4sr": f"transformer/{WEIGHTS_NAME}", "text": FILES["text"]},
+    "vision": {"vision": FILES["vision"]},
+    "instantir": {"instantir": FILES["instantir"]},
+}
+SHARED = ("codec", "text", "vision")  # parts that networks were trained with, and must be shipped with
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,8 @@ class PlaceConfig:
     """Copies trained parts of the tiny family to where they are loaded from."""
 
     dit4sr: str | None = option(None, "output folder of DiT4SR's tiny training; None = left as it is")
+    vision: str | None = option(None, "output folder of the vision encoder's training; None = left as it is")
+    instantir: str | None = option(None, "output folder of InstantIR's last training, the Aggregator's; None = left")
     codec: str | None = option(None, "file that fit_codec wrote; None = left as it is")
     checkpoints: str = option(str(checkpoints_dir()), "the family's folder")
 
@@ -34,16 +45,30 @@ class PlaceConfig:
 def find_parts(config: PlaceConfig) -> dict[str, Path]:
     """Part of the family -> the file that was trained.
 
-    Raises: FileNotFoundError if a training has no complete checkpoint.
+    Raises: FileNotFoundError if a training has no complete checkpoint; ValueError if a network was trained with another
+        codec or encoder than the one that is, or will be, beside it.
     """
     parts = {"codec": Path(config.codec)} if config.codec else {}
-    if config.dit4sr:
-        complete = checkpoints(config.dit4sr)
-        if not complete:
-            raise FileNotFoundError(f"{config.dit4sr} holds no complete checkpoint; is the training done?")
-        export = complete[-1] / "export"
-        parts |= {"dit4sr": export / "transformer" / WEIGHTS_NAME, "text": export / FILES["text"]}
+    exports = {}
+    for run, files in RUNS.items():
+        if folder := getattr(config, run):
+            complete = checkpoints(folder)
+            if not complete:
+                raise FileNotFoundError(f"{folder} holds no complete checkpoint; is the training done?")
+            exports[run] = complete[-1] / "export"
+            parts |= {part: exports[run] / name for part, name in files.items()}
+    for run, export in exports.items():
+        for part in SHARED:
+            own, beside = export / FILES[part], parts.get(part, Path(config.checkpoints) / FILES[part])
+            if own.is_file() and beside.is_file() and not _same_weights(own, beside):
+                raise ValueError(f"{run} was trained with another {part} ({own}) than {beside}. Place the {part} that "
+                                 "it was trained with, or train it again.")
     return parts
+
+
+def _same_weights(a: Path, b: Path) -> bool:
+    first, second = load_state(a), load_state(b)
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def place(parts: dict[str, Path], folder: str | Path) -> None:

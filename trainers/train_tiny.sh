@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Rebuilds the tiny family from a folder of photographs, on a laptop in a few hours, and puts it in its place.
+# Rebuilds the tiny family from a folder of photographs, on a laptop in a night, and puts it in its place.
 #
 #     trainers/train_tiny.sh PHOTOGRAPHS OUT [options of the trainings, e.g. --num_workers 4]
 #
@@ -20,13 +20,31 @@ if [ ! -f "$out/codec.safetensors" ]; then
     "$python" -m fourfold.trainers.fit_codec --photographs "$photographs" --output "$out/codec.safetensors"
 fi
 
-"$python" -m fourfold.trainers.train_dit4sr --preset tiny --photographs "$photographs" --codec "$out/codec.safetensors" \
-    --output_dir "$out/dit4sr" --sample_every 1000 --resume latest "$@"
+newest() { # the newest export of a training
+    ls -d "$out/$1"/checkpoints/step-*/export | sort | tail -n 1
+}
+train() { # train NAME TRAINER [options]: into a folder of that name; goes on where it was
+    local name=$1 trainer=$2
+    shift 2
+    "$python" -m "fourfold.trainers.$trainer" --photographs "$photographs" --output_dir "$out/$name" \
+        --sample_every 1000 --resume latest "$@"
+}
+
+train dit4sr train_dit4sr --preset tiny --codec "$out/codec.safetensors" "$@"
+train vision train_tiny_vision "$@"
+
+parts=(--codec "$out/codec.safetensors" --text "$(newest dit4sr)/text.safetensors")
+train base train_tiny_sdxl "${parts[@]}" "$@"
+parts+=(--preset tiny --vision "$(newest vision)/vision.safetensors")
+train dcp train_instantir_dcp "${parts[@]}" --start "$(newest base)/base.safetensors" "$@"
+train previewer train_instantir_previewer "${parts[@]}" --start "$(newest dcp)/instantir_tiny.safetensors" "$@"
+train aggregator train_instantir_aggregator "${parts[@]}" --start "$(newest previewer)/instantir_tiny.safetensors" "$@"
 
 "$python" -m fourfold.trainers.place_tiny --codec "$out/codec.safetensors" --dit4sr "$out/dit4sr" \
-    ${CHECKPOINTS:+--checkpoints "$CHECKPOINTS"}
+    --vision "$out/vision" --instantir "$out/aggregator" ${CHECKPOINTS:+--checkpoints "$CHECKPOINTS"}
 
 cat <<END
 How good it is, measured against bicubic on photographs that were not trained on:
     fourfold evaluate --data VALIDATION_PHOTOGRAPHS --method dit4sr --out $out/evaluation --sheet
+    fourfold evaluate --data VALIDATION_PHOTOGRAPHS --method instantir --out $out/evaluation --sheet
 END
