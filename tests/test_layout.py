@@ -20,7 +20,7 @@ PACKAGE_FILES = [
     SUITE / "cli.py",
     *sorted(path for folder in PROGRAMS for path in (SUITE / folder).rglob("*.py")),
 ]
-NODE_FILES = sorted((SUITE / "nodes").glob("*/comfy_nodes.py"))
+NODE_FILES = sorted((SUITE / "nodes").glob("*/comfy_*.py"))
 
 
 def name_of(path: Path) -> str:
@@ -47,7 +47,7 @@ def package_of(path: Path, level: int) -> tuple[str, ...]:
 
 def may_import_host(path: Path) -> bool:
     inside = name_of(path)
-    return path.name == "comfy_nodes.py" or inside == "nodes/registry.py" or inside.startswith("nodes/common/host/")
+    return path in NODE_FILES or inside == "nodes/registry.py" or inside.startswith("nodes/common/host/")
 
 
 @pytest.mark.parametrize("path", PACKAGE_FILES, ids=name_of)
@@ -84,7 +84,7 @@ def test_methods_import_neither_each_other_nor_the_programs_around_them(path):
 
 
 def nodes_of(path: Path) -> dict[str, list[str]]:
-    """node_id -> ids of its inputs, as the schemas in a comfy_nodes.py spell them out."""
+    """node_id -> ids of its inputs, as the schemas in a node file spell them out."""
     nodes = {}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "Schema":

@@ -20,7 +20,8 @@ from .degradation import DEGRADATIONS, degrade
 from .frames import put_together, split
 from .host.files import fingerprint
 from .host.models import TINY_LOADERS
-from .images import from_comfy, prepare_lr, side_by_side, to_comfy
+from .images import from_comfy, side_by_side, to_comfy
+from .sizing import INTERPOLATIONS, LARGER, prepare_sized
 
 CATEGORY = "Fourfold"
 MAX_SIDE = 16384  # pixels, of a restored picture
@@ -52,10 +53,19 @@ class LRPrepare(io.ComfyNode):
                              tooltip="Pixels; both sides are padded to a multiple of this. 16 suits every model."),
                 io.Int.Input("min_short_side", default=0, min=0, max=4096,
                              tooltip="Pixels; a smaller result is worked on at this short side and shrunk at the end. "
-                             "512 for full-size models, 128 for tiny ones, 0 = off."),
+                             "512 for full-size models (InstantIR 768), 128 for tiny ones, 0 = off."),
                 io.Mask.Input("mask", optional=True,
                               tooltip="Transparency, as Load Image gives it (white = transparent). It is enlarged with "
                               "the picture and put back by Color Fix."),
+                io.Int.Input("max_long_side", default=0, min=0, max=MAX_SIDE, optional=True,
+                             tooltip="Pixels, for InstantIR: a result up to this long is drawn whole, its short side "
+                             "raised to min_short_side, its sides rounded down to the multiple. 1024 at full size, 128 "
+                             "for tiny models, 0 = off."),
+                io.Combo.Input("larger", options=list(LARGER), default="pad", optional=True,
+                               tooltip="Results longer than max_long_side. pad: keep their size, for windows. shrink: "
+                               "are drawn at max_long_side and enlarged."),
+                io.Combo.Input("interpolation", options=list(INTERPOLATIONS), default="bicubic", optional=True,
+                               tooltip="How the picture is enlarged; bilinear for full-size InstantIR."),
             ],
             outputs=[
                 io.Image.Output("prepared", display_name="prepared", is_output_list=True,
@@ -65,10 +75,13 @@ class LRPrepare(io.ComfyNode):
             ])
 
     @classmethod
-    def execute(cls, image, scale, width, height, multiple, min_short_side, mask=None) -> io.NodeOutput:
+    def execute(cls, image, scale, width, height, multiple, min_short_side, mask=None, max_long_side=0, larger="pad",
+                interpolation="bicubic") -> io.NodeOutput:
         pixels = _with_alpha(from_comfy(image), mask)
         size = _target(pixels, width, height)
-        frames = split(prepare_lr(pixels, None if size else scale, size, multiple, min_short_side))
+        frames = split(prepare_sized(
+            pixels, None if size else scale, size, multiple=multiple, min_short_side=min_short_side,
+            max_long_side=max_long_side, larger=larger, interpolation=interpolation))
         return io.NodeOutput([to_comfy(frame.prepared.pixels) for frame in frames], frames)
 
 

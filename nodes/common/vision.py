@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersModel
 
 from . import checkpoints
+from .dinov2_shapes import config_from_shapes
 from .images import checked, resize
-from .pretrained import load_pretrained, require_model_folder
+from .pretrained import fill_pretrained, load_pretrained, require_model_folder
 
 Fit = Literal["crop", "squeeze", "tile"]
 FITS = ("crop", "squeeze", "tile")
@@ -155,10 +156,11 @@ class VisionEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype | None = None) -> VisionEncoder:
-        """Loads a DINOv2 folder as transformers writes it, or a file of the tiny family. Nothing is downloaded.
+        """Loads a DINOv2 as transformers writes it, or a file of the tiny family. Nothing is downloaded.
 
         Args:
-            path: the folder (config.json, weights, preprocessor_config.json) or the file.
+            path: the folder (config.json, weights, preprocessor_config.json); its weights alone in one file, which
+                are then taken for a published DINOv2 (heads of 64, its preprocessing); or a file of the tiny family.
             dtype: of the weights; None = float32.
         Raises: FileNotFoundError that says what is missing and where it comes from; WrongFileError,
             CorruptCheckpointError, MismatchedKeysError.
@@ -181,7 +183,12 @@ class VisionEncoder(nn.Module):
     @classmethod
     def _from_file(cls, path: Path, dtype: torch.dtype | None) -> VisionEncoder:
         header = checkpoints.read_header(path)
-        checkpoints.require_family(header, "vision", path, f"Choose a DINOv2 folder ({PAGE}) or vision.safetensors.")
+        hint = f"Choose a DINOv2 ({PAGE}) or the tiny family's vision.safetensors."
+        family = checkpoints.require_family(header, ("dinov2", "vision"), path, hint)
+        if family == "dinov2":
+            config = config_from_shapes({name: shape for name, (_, shape) in header.tensors.items()})
+            state = checkpoints.load_state(path)
+            return cls(fill_pretrained(_MODELS[config.model_type], config, state, path, dtype or torch.float32)).eval()
         encoder = cls.new(header.config["network"], Preprocessing(**header.config["preprocessing"]))
         state = {name: value.float() for name, value in checkpoints.load_state(path).items()}
         checkpoints.load_strict(encoder.network, state, source=path)

@@ -171,6 +171,7 @@ def test_the_paper_gives_the_defaults(nodes):
 
 def test_the_help_names_the_values_that_the_tiny_model_wants():
     page = (Path(__file__).parents[2] / "web" / "docs" / "FourfoldTinyModels.md").read_text(encoding="utf-8")
+    page = page.split("| DiT4SR |")[1].split("\n\n")[0]
     table = dict(re.findall(r"^\| (?:.*: )?(\w+) \| (\S+) \|$", page, re.MULTILINE))
     sampling = PRESETS["tiny"].sampling
     wanted = {name: str(getattr(sampling, name)) for name in ("steps", "guidance", "start_sigma", "tile", "overlap",
