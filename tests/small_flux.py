@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-SIZES = dict(in_channels=16, num_layers=3, num_single_layers=2, attention_head_dim=8, num_attention_heads=3,
+SIZES = dict(in_channels=64, num_layers=3, num_single_layers=2, attention_head_dim=8, num_attention_heads=3,
              joint_attention_dim=12, pooled_projection_dim=10, guidance_embeds=True, axes_dims_rope=(2, 2, 4))
 TEXT_WIDTH, POOLED_WIDTH = 16, 8
 EMBEDDERS = {"time_in": "time_text_embed.timestep_embedder", "guidance_in": "time_text_embed.guidance_embedder",
