@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"{job.source}: skipped, {job.target} exists (see --overwrite)")
     restored = _restore_all(waiting, options, failures) if waiting else 0
     print(f"{restored} restored, {len(skipped)} skipped, {len(failures)} failed", flush=True)
-    if failures and len(jobs) > 1:  # the lines above may be long gone
+    if failures and restored + len(skipped) + len(failures) > 1:  # the lines above may be long gone
         print("failed:", *(f"  {failure.source}: {failure.reason}" for failure in failures), sep="\n", file=sys.stderr)
     return 1 if failures else 0
 

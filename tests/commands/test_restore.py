@@ -62,6 +62,7 @@ def test_a_name_that_is_not_there_does_not_stop_the_others(tmp_path, capsys, pic
     said = capsys.readouterr()
     assert "1 restored, 0 skipped, 2 failed" in said.out
     assert f"{gone}: FAILED: there is no file or folder" in said.err and f"no photographs in {empty}" in said.err
+    assert len(said.err.partition("failed:\n")[2].splitlines()) == 2
 
 
 def test_without_a_photograph_nothing_is_loaded(tmp_path, capsys, enlarger, monkeypatch):
