@@ -472,7 +472,7 @@ def test_the_graph_of_the_tiny_workflow_is_restore(nodes, only_in_comfyui, tiny_
     (prepared,), frames = nodes[NODE("LRPrepare")].execute(
         lr.movedim(1, -1), 4.0, 0, 0, settings.multiple, settings.min_short_side, None, settings.max_long_side, "pad",
         settings.interpolation).args
-    (caption,) = nodes[NODE("CaptionImage")].execute(prepared, "embedded", True, preset.prompt).args[0]
+    (caption,) = nodes[NODE("CaptionImage")].execute([prepared], ["embedded"], [True], [preset.prompt]).args[0]
     positive, negative, empty = (
         stock.CLIPTextEncode().encode(clip, text)[0] for text in (caption, preset.negative_prompt, ""))
     (lq_latent,) = stock.VAEEncode().encode(vae, prepared)
