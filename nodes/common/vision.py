@@ -36,8 +36,12 @@ class Preprocessing:
 
     resize: int = 256  # pixels, the short side before the crop
     crop: int = 224  # pixels, side of the square that the network sees, a multiple of its patch
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of a picture in 0..1
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of a picture in 0..1
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON gives lists
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Preprocessing:
@@ -46,8 +50,8 @@ class Preprocessing:
         return cls(
             resize=size.get("shortest_edge", cls.resize) if isinstance(size, Mapping) else size,
             crop=crop.get("height", cls.crop) if isinstance(crop, Mapping) else crop,
-            mean=tuple(content.get("image_mean", cls.mean)),
-            std=tuple(content.get("image_std", cls.std)),
+            mean=content.get("image_mean", cls.mean),
+            std=content.get("image_std", cls.std),
         )
 
 
