@@ -27,11 +27,11 @@ class PatchEmbedding(nn.Module):
         self.base = config.sample_size // patch
 
     def forward(self, latent: Tensor) -> Tensor:
-        """(B, channels, h, w) -> (B, N, D), row by row."""
+        """(B, channels, h, w) -> (B, N, D), row by row, in the weights' dtype even under autocast."""
         tokens = self.proj(latent)
         grid = (tokens.shape[-2], tokens.shape[-1])
         tokens = rearrange(tokens, "b d h w -> b (h w) d")
-        return (tokens + _positions(tokens.shape[-1], grid, self.base, tokens.device)).to(tokens.dtype)
+        return (tokens + _positions(tokens.shape[-1], grid, self.base, tokens.device)).to(self.proj.weight.dtype)
 
 
 @lru_cache(maxsize=16)

@@ -289,6 +289,13 @@ def test_saving_and_loading_gives_the_same_network(network, inputs, tmp_path):
     assert header.method == "instancersr" and header.step == 7 and header.training == {"photographs": 3}
 
 
+def test_under_autocast_tokens_stay_in_full_precision(network, inputs):
+    with torch.autocast("cpu", torch.bfloat16):
+        prediction = network()(*inputs())
+    assert prediction.features.dtype == prediction.eps.dtype == torch.float32
+    torch.testing.assert_close(prediction.eps, network()(*inputs()).eps, atol=0.3, rtol=0.1)
+
+
 def test_weights_load_in_the_precision_asked_for(network, inputs, tmp_path):
     model = network()
     model.save_pretrained(tmp_path, dtype=torch.float16)
