@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from ..nodes.common.checkpoints import atomic_path, require_family
-from ..nodes.common.tiny import FILES, checkpoints_dir
+from ..nodes.common.tiny import FILES, SHARED, checkpoints_dir
 from ..nodes.common.weight_files import load_state, read_header
 from ..nodes.dit4sr.model import WEIGHTS_NAME
 from .fit import option, parse
@@ -28,7 +28,6 @@ RUNS = {  # option -> part of the family -> where its file lies in the newest ex
     "vision": {"vision": FILES["vision"]},
     "instantir": {"instantir": FILES["instantir"]},
 }
-SHARED = ("codec", "text", "vision")  # parts that networks were trained with, and must be shipped with
 
 
 @dataclass(frozen=True)

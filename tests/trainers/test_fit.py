@@ -215,6 +215,29 @@ def test_what_cannot_be_trained_is_said(tiny, config):
             tiny.train(replace(config, mixed_precision="fp16"))
 
 
+def test_what_a_module_carries_along_is_checkpointed(tiny, config, curve):
+    """A network with a memory of its own input: resumed, it goes on as if it had not been stopped."""
+
+    class Remembering(nn.Sequential):
+        def __init__(self):
+            torch.manual_seed(0)
+            super().__init__(nn.Linear(4, 1))
+            self.memory = torch.zeros(4)
+
+        def carried_state(self):
+            return {"memory": self.memory}
+
+        def forward(self, x):
+            self.memory += x.detach().mean(dim=0)
+            return super().forward(x + self.memory)
+
+    tiny.train(config, Remembering())
+    parts = replace(config, output_dir=config.output_dir + "2")
+    tiny.train(replace(parts, max_steps=9), Remembering())
+    tiny.train(replace(parts, resume="latest"), Remembering())
+    assert curve(parts.output_dir) == curve(config.output_dir)
+
+
 def test_a_second_training_in_one_folder_is_refused(tiny, config):
     tiny.train(config)
     with pytest.raises(ValueError, match="already holds a training up to step-00000012"):

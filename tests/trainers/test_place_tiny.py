@@ -10,14 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from fourfold.nodes.common import tiny
-from fourfold.nodes.common.checkpoints import read_header
+from fourfold.nodes.common.checkpoints import detect_family, read_header
 from fourfold.nodes.common.codec import CodecConfig, LinearCodec
 from fourfold.nodes.common.errors import WrongFileError
 from fourfold.nodes.common.images import read_image, resize, write_image
 from fourfold.nodes.common.tiny_text import TinyTextConfig, TinyTextEncoder
+from fourfold.nodes.common.vision import Preprocessing, VisionEncoder
 from fourfold.nodes.dit4sr.config import PRESETS
 from fourfold.nodes.dit4sr.model import WEIGHTS_NAME, DiT4SRTransformer
 from fourfold.nodes.dit4sr.restore import load_system
+from fourfold.nodes.instantir.config import PRESETS as INSTANTIR
+from fourfold.nodes.instantir.model import InstantIR
 from fourfold.trainers import place_tiny
 from fourfold.trainers.place_tiny import main, place
 from fourfold.trainers.resume import write_checkpoint
@@ -47,7 +50,7 @@ def test_newest_export_is_put_in_place(run, tmp_path):
     LinearCodec(CodecConfig()).save(tmp_path / "codec.safetensors")
     family, codec = tmp_path / "family", tmp_path / "codec.safetensors"
     main(["--dit4sr", str(run), "--codec", str(codec), "--checkpoints", str(family)])
-    assert {p.name for p in family.iterdir()} == set(tiny.FILES.values())
+    assert {p.name for p in family.iterdir()} == {tiny.FILES[part] for part in ("codec", "text", "dit4sr")}
     header = read_header(family / "dit4sr_tiny.safetensors")
     assert header.step == 10 and header.training == {"crop": 32}
     newest = run / "checkpoints" / "step-00000010" / "export" / "transformer" / WEIGHTS_NAME
@@ -60,6 +63,33 @@ def test_placed_family_loads(run, tmp_path, monkeypatch):
     main(["--dit4sr", str(run), "--codec", str(codec), "--checkpoints", str(family)])
     monkeypatch.setattr(tiny, "CHECKPOINTS", tmp_path / "family")
     assert load_system("tiny", device="cpu").transformer.config.num_layers == 1
+
+
+def test_networks_are_placed_with_the_encoders_they_were_trained_with(run, tmp_path):
+    """An export may hold the codec and the encoders of its training: they must be those that are shipped."""
+    family, instantir = tmp_path / "family", tmp_path / "instantir"
+    main(["--dit4sr", str(run), "--checkpoints", str(family)])
+    sizes = dict(image_size=32, patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    vision = [VisionEncoder.new(sizes, Preprocessing(32, 32)) for _ in range(2)]
+    network = InstantIR.new(INSTANTIR["tiny"].network.unet, prediction="v")
+    for name, encoder in zip(("vision", "instantir"), vision, strict=True):
+        def export(folder, name=name, encoder=encoder):
+            encoder.save(folder / "vision.safetensors")
+            if name == "instantir":
+                shutil.copy(family / "text.safetensors", folder)
+                network.save_pretrained(folder / "instantir_tiny.safetensors", dtype=torch.float16)
+
+        write_checkpoint(tmp_path / name, 1, {}, export)
+    both = ["--vision", str(tmp_path / "vision"), "--instantir", str(instantir), "--checkpoints", str(family)]
+    with pytest.raises(ValueError, match=r"instantir was trained with another vision \(.*\) than .*Place the vision"):
+        main(both)
+    assert {p.name for p in family.iterdir()} == {tiny.FILES["text"], tiny.FILES["dit4sr"]}
+    encoder, other = vision
+    other.load_state_dict(encoder.state_dict())
+    other.save(instantir / "checkpoints" / "step-00000001" / "export" / "vision.safetensors", step=3)
+    main(both)
+    assert {p.name for p in family.iterdir()} == {tiny.FILES[p] for p in ("text", "vision", "dit4sr", "instantir")}
+    assert detect_family(family / "instantir_tiny.safetensors") == "instantir"
 
 
 def test_what_does_not_belong_is_refused_before_anything_is_copied(run, tmp_path, monkeypatch):
@@ -93,8 +123,11 @@ def test_script_rebuilds_the_family_and_goes_on_after_an_interruption(tmp_path):
         done = subprocess.run([*command, steps], env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
     assert "fourfold evaluate --data" in done.stdout
-    assert {p.name for p in family.iterdir()} == set(tiny.FILES.values())
-    assert read_header(family / "dit4sr_tiny.safetensors").step == 3
+    parts = "codec", "text", "vision", "dit4sr", "instantir"
+    assert {p.name for p in family.iterdir()} == {tiny.FILES[part] for part in parts}
+    assert {read_header(family / tiny.FILES[part]).step for part in parts[1:]} == {3}
+    network = InstantIR.from_pretrained(family / tiny.FILES["instantir"])
+    assert network.switch is not None and network.aggregator is not None
     assert LinearCodec.load(family / "codec.safetensors").encode(torch.rand(1, 3, 8, 8)).isfinite().all()
 
 
