@@ -27,7 +27,7 @@ def plain_flux(base, latent, t, prompt, guidance):
 @pytest.fixture(scope="module")
 def started(small_flux, tmp_path_factory):
     """A new network on a random FLUX, and that FLUX."""
-    base = small_flux.transformer()
+    base = small_flux.transformer(in_channels=16)
     folder = tmp_path_factory.mktemp("base") / "transformer"
     base.save_pretrained(folder)
     torch.manual_seed(3)
