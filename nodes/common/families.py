@@ -205,7 +205,7 @@ _RULES: list[tuple[str, Callable[[_Keys], bool]]] = [  # the first that matches 
     ("instantir_previewer", _is_previewer),
     ("dreamsr", lambda k: k.has("control.image_injections.0.")),
     ("lora", _is_lora),
-    ("instantir_adapter", lambda k: k.has(".ln_k_ip.linear.weight") and k.has("image_proj.latents")),
+    ("instantir_adapter", lambda k: k.has(".ln_k_ip.linear.weight") and k.starts("image_proj.")),
     ("ip_adapter", lambda k: k.starts("image_proj.") and k.starts("ip_adapter.")),
     ("instantir_aggregator", lambda k: "ref_conv_in.weight" in k),
     ("controlnet", lambda k: k.starts("controlnet_cond_embedding.", "controlnet_x_embedder.", "control_model.",

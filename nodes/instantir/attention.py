@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -145,8 +145,8 @@ class TextCrossAttention:
         return _out(attn, attend(q, *(_heads(x, attn) for x in step.spread(_text(attn, step.condition)))))
 
 
-class SelfAttention(AttnProcessor2_0):
-    """diffusers' own, which is told of the step, too, and has no use for it."""
+class SelfAttention:
+    """Self-attention by the fastest way on the device (`attend`); it is told of the step and has no use for it."""
 
     def __call__(
         self,
@@ -156,7 +156,8 @@ class SelfAttention(AttnProcessor2_0):
         attention_mask: Tensor | None = None,
         step: Pass | None = None,
     ) -> Tensor:
-        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
+        q, k, v = (_heads(layer(hidden_states), attn) for layer in (attn.to_q, attn.to_k, attn.to_v))
+        return _out(attn, attend(q, k, v))
 
 
 def _text(attn: Attention, condition: Condition) -> tuple[Tensor, ...]:
