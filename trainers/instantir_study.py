@@ -205,13 +205,18 @@ class InstantIRStudy(nn.Module):
         """
         hr, lr, captions = stacked(self.samples, self.model.device)
         z_lq, preset = self.latents(lr), PRESETS[self.config.preset].sampling
-        run = sample(
-            self.model, z_lq, cpu_noise(0, z_lq.shape), self.features(lr), self.prompts(captions), self.prompts([""]),
-            self.features(lr[:1], torch.ones(1, dtype=torch.bool)), steps=preset.steps, guidance=preset.guidance,
-            time_ids=self.time_ids(1), tile=0,
-        )
+        with self.mixed():
+            run = sample(
+                self.model, z_lq, cpu_noise(0, z_lq.shape), self.features(lr), self.prompts(captions),
+                self.prompts([""]), self.vision.null_features(), steps=preset.steps, guidance=preset.guidance,
+                time_ids=self.time_ids(1), tile=0,
+            )
         shown = [resize(lr, hr.shape[-2:]), self.pixels(run.latent), *map(self.pixels, run.previews[:1]), hr]
         return self.write_sheets(folder, step, [picture.cpu() for picture in shown])
+
+    def mixed(self) -> torch.autocast:
+        """Autocast for sample pictures of a base in half precision under adapters in float32."""
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.model.dtype != torch.float32)
 
     def write_sheets(self, folder: Path, step: int, shown: list[Tensor]) -> dict[str, float]:
         """One sheet a sample, `shown` (B, 3, H, W) side by side. Returns the PSNR of the second against the last."""

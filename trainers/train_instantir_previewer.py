@@ -98,7 +98,8 @@ class PreviewerStudy(InstantIRStudy):
         """Sheets LR | preview of the clean latent noised to a late timestep | clean."""
         hr, lr, _ = stacked(self.samples, self.model.device)
         noised = self.noised(self.latents(hr), torch.full((len(hr),), SAMPLE_TIMESTEP), generator_of("samples"))
-        preview = self.preview(noised.x, noised.t, self.features(lr), self.prompts([""] * len(hr)))
+        with self.mixed():
+            preview = self.preview(noised.x, noised.t, self.features(lr), self.prompts([""] * len(hr)))
         shown = resize(lr, hr.shape[-2:]), self.pixels(preview), hr
         return self.write_sheets(folder, step, [picture.cpu() for picture in shown])
 
