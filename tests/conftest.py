@@ -96,6 +96,17 @@ def small_flux(tmp_path_factory) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="session")
+def small_sdxl(tmp_path_factory) -> SimpleNamespace:
+    """A small random SDXL: `folder` as diffusers lays it out, `file` as its makers do; `makers_name(name, ...)`."""
+    module, text, flux = (load_beside(name) for name in ("small_sdxl", "small_text_encoders", "small_flux"))
+    folder, file = tmp_path_factory.mktemp("sdxl"), tmp_path_factory.mktemp("sdxl_file") / "sdxl.safetensors"
+    module.write_diffusers(folder, text.write_clip_tokenizer)
+    module.write_makers_file(file, folder, flux.MAKERS_VAE)
+    return SimpleNamespace(folder=folder, file=file, makers_name=module.makers_name, width=module.TEXT_WIDTH,
+                           pooled=module.POOLED, size_width=module.SIZE_WIDTH)
+
+
+@pytest.fixture(scope="session")
 def small_sam_builder():
     """What makes the small random SAM; skips where segment-anything or torchvision is not installed."""
     pytest.importorskip("segment_anything", reason="needs segment-anything and torchvision")

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from . import checkpoints
-from .pretrained import load_pretrained, require_model_folder
+from .errors import MismatchedKeysError
+from .pretrained import fill_pretrained, load_pretrained, require_model_folder
 from .text import TextEmbedding, tokenize
 
 PAGE = "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0"
@@ -85,17 +86,26 @@ class SDXLTextEncoder(nn.Module):
             raise FileNotFoundError(
                 f"{path} holds a network without text encoders. Choose a full SDXL checkpoint, or the folder of {PAGE}."
             )
-        state = {k: v.to(dtype or v.dtype) for k, v in checkpoints.load_state(path).items() if "conditioner." in k}
         words = [_tokenizer(tokenizer), _tokenizer(tokenizer, pad_token="!")]
+        state = {name: value for name, value in checkpoints.load_state(path).items() if name.startswith("conditioner.")}
         low = {name.removeprefix(CLIP_L): value for name, value in state.items() if name.startswith(CLIP_L)}
-        clip_l = _build(CLIPTextModel, low, "quick_gelu", path)
-        sizes = SimpleNamespace(config=SimpleNamespace(hidden_size=state[f"{CLIP_G}ln_final.weight"].shape[0]))
-        high = convert_open_clip_checkpoint(sizes, state, prefix=CLIP_G)
-        return cls(clip_l, _build(CLIPTextModelWithProjection, high, "gelu", path), words).eval()
+        try:
+            width = state[f"{CLIP_G}ln_final.weight"].shape[0]
+            high = convert_open_clip_checkpoint(
+                SimpleNamespace(config=SimpleNamespace(hidden_size=width)), state, prefix=CLIP_G
+            )
+            clip_l = _build(CLIPTextModel, low, "quick_gelu", path, dtype)
+            return cls(clip_l, _build(CLIPTextModelWithProjection, high, "gelu", path, dtype), words).eval()
+        except KeyError as error:
+            raise MismatchedKeysError(
+                f"{path} does not hold SDXL's text encoders complete: {error} is missing. Download it again."
+            ) from error
 
 
-def _build(kind: type, state: Mapping[str, Tensor], activation: str, path: Path) -> nn.Module:
-    """A CLIP text model with sizes read off its weights, strictly loaded."""
+def _build(
+    kind: type, state: Mapping[str, Tensor], activation: str, path: Path, dtype: torch.dtype | None
+) -> nn.Module:
+    """A CLIP text model with sizes read off its weights."""
     state = {name: value for name, value in state.items() if not name.endswith("position_ids")}
     shapes = {name.removeprefix("text_model."): tuple(value.shape) for name, value in state.items()}
     layers = [int(found[1]) for name in shapes if (found := re.match(r"encoder\.layers\.(\d+)\.", name))]
@@ -109,14 +119,10 @@ def _build(kind: type, state: Mapping[str, Tensor], activation: str, path: Path)
         max_position_embeddings=shapes["embeddings.position_embedding.weight"][0],
         projection_dim=shapes.get("text_projection.weight", (width,))[0],
         hidden_act=activation,
-        bos_token_id=vocabulary - 2,
-        eos_token_id=vocabulary - 1,
+        bos_token_id=0,
+        eos_token_id=2,  # the pooled vector is that of the highest token, the end of the text
     )
-    model = kind(config).to(next(iter(state.values())).dtype)  # not on meta: position ids are no weights, but needed
-    if not any(name.startswith("text_model.") for name in model.state_dict()):  # as transformers 5 names one of the two
-        state = {name.removeprefix("text_model."): value for name, value in state.items()}
-    checkpoints.load_strict(model, state, source=path)
-    return model.requires_grad_(False)
+    return fill_pretrained(kind, config, dict(state), path, dtype)
 
 
 def _tokenizer(folder: Path, **options: Any) -> CLIPTokenizer:

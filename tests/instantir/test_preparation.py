@@ -31,7 +31,7 @@ def test_a_picture_that_one_window_holds_is_drawn_at_the_published_size():
     bilinear = torch.nn.functional.interpolate(lr[:, :3], (768, 1024), mode="bilinear", antialias=True)
     torch.testing.assert_close(prepared.pixels, bilinear.clamp(0, 1))
     assert crop(prepared.pixels, prepared).shape[-2:] == (300, 400)
-    assert finish(prepared.pixels, prepared).shape == (2, 4, 300, 404)
+    assert finish(prepared.pixels, prepared).shape == (2, 4, 300, 400)
 
 
 def test_a_larger_picture_keeps_its_size_and_is_padded():

@@ -15,41 +15,6 @@ from fourfold.nodes.instantir.previewer import adapted_modules
 from fourfold.nodes.instantir.weights import published_state
 from safetensors.torch import save_file
 
-_TOP = {
-    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
-    "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
-_RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
-           "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
-
-
-def makers_name(name, layers, attended):
-    """A diffusers name of an SDXL UNet in its makers' layout. `attended`: up blocks with attentions."""
-    for own, theirs in _TOP.items():
-        if name.startswith(f"{own}."):
-            return name.replace(own, theirs, 1)
-    side, rest = name.split(".", 1)
-    if side == "mid_block":
-        kind, i, rest = rest.split(".", 2)
-        place = f"middle_block.{1 if kind == 'attentions' else 2 * int(i)}"
-    else:
-        block, kind, i, rest = rest.split(".", 3)
-        block, i, down = int(block), int(i), side == "down_blocks"
-        number = block * (layers + 1) + i + down
-        if kind == "downsamplers":
-            return f"input_blocks.{(block + 1) * (layers + 1)}.0.op.{rest.removeprefix('conv.')}"
-        if kind == "upsamplers":
-            return f"output_blocks.{block * (layers + 1) + layers}.{2 if block in attended else 1}.{rest}"
-        place = f"{'input' if down else 'output'}_blocks.{number}.{int(kind == 'attentions')}"
-    if kind == "resnets":
-        inner, rest = rest.split(".", 1)
-        return f"{place}.{_RESNET[inner]}.{rest}"
-    return f"{place}.{rest}"
-
-
-def makers_layout(state, layers, attended):
-    return {MAKERS_PREFIX + makers_name(name, layers, attended): value.contiguous() for name, value in state.items()}
-
 
 def same(ours, theirs):
     ours, theirs = (published_state(model) for model in (ours, theirs))
@@ -59,10 +24,11 @@ def same(ours, theirs):
 
 # every form of the files ------------------------------------------------------------------------------------------
 
-def test_a_single_file_in_the_makers_layout(published, recorded, tmp_path):
-    state = load_state(published["unet"])
+def test_a_single_file_in_the_makers_layout(published, recorded, small_sdxl, tmp_path):
+    state = {MAKERS_PREFIX + small_sdxl.makers_name(name, 2, {0}): value
+             for name, value in load_state(published["unet"]).items()}
     extra = {"first_stage_model.encoder.conv_in.weight": torch.zeros(1), "conditioner.embedders.0.x": torch.zeros(1)}
-    save_file(makers_layout(state, layers=2, attended={0}) | extra, tmp_path / "sdxl.safetensors")
+    save_file(state | extra, tmp_path / "sdxl.safetensors")
     config = json.loads((published["unet"] / "config.json").read_text())
     unknown = {name: config[name] for name in ("attention_head_dim", "norm_num_groups", "addition_time_embed_dim")}
     model = InstantIR.load(**published | {"unet": tmp_path / "sdxl.safetensors"}, unet_config=unknown)
@@ -271,9 +237,9 @@ def test_the_full_previewer_is_of_rank_64(full):
     assert full.config.previewer.alpha == 1
 
 
-def test_the_config_of_sdxl_is_read_off_the_makers_layout(full):
+def test_the_config_of_sdxl_is_read_off_the_makers_layout(full, small_sdxl):
     state = {name: value for name, value in published_state(full)["unet"].items()}
-    shapes = {makers_name(name, 2, {0, 1}): tuple(value.shape) for name, value in state.items()}
+    shapes = {small_sdxl.makers_name(name, 2, {0, 1}): tuple(value.shape) for name, value in state.items()}
     assert len(shapes) == len(state) == 1680
     config = unet_config_from_shapes(shapes)
     assert config.items() <= (SDXL_UNET | {"norm_num_groups": 32}).items()
