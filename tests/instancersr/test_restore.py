@@ -174,17 +174,20 @@ def test_a_batch_equals_its_pictures_with_seeds_counted_up(system):
 
 def test_labels_are_those_of_the_map_at_the_size_it_was_drawn_at(system, monkeypatch):
     """Instances of a decoded map: white on the left, nothing on the right."""
-    decode = system.autoencoder.decode
+    edge = 32
 
-    def halves_of_white(latent):
-        pixels = torch.zeros_like(decode(latent))
-        pixels[..., : pixels.shape[-1] // 2] = 1
-        return pixels
+    def white_up_to_the_edge(latent):
+        height, width = (4 * side for side in latent.shape[-2:])
+        return (torch.arange(width) < edge).float().expand(1, 3, height, width)
 
-    monkeypatch.setattr(system.autoencoder, "decode", halves_of_white)
+    monkeypatch.setattr(system.autoencoder, "decode", white_up_to_the_edge)
     _, instances, labels = restore_with_map(torch.rand(1, 3, 8, 8), system, scale=8)
     assert labels[0, :, :32].eq(1).all() and labels[0, :, 32:].eq(0).all()
     assert torch.equal(labels_of_map(instances, 4), labels)
+    edge = 18  # of 36 px, which are padded to 40
+    _, _, padded = restore_with_map(torch.rand(1, 3, 9, 9), system, scale=4)
+    assert padded[0, :, :18].eq(1).all() and padded[0, :, 18:].eq(0).all()
+    edge = 16
     _, _, small = restore_with_map(torch.rand(1, 3, 4, 4), system, scale=2)  # drawn at 32 px, shown at 8
     assert small[0, :, :4].eq(1).all() and small[0, :, 4:].eq(0).all()
 
@@ -196,7 +199,7 @@ def test_large_targets_are_tiled_or_drawn_at_the_working_size(system):
     tiled = restore(lr, system, scale=4, steps=1)
     assert {shape[-2:] for shape in seen} == {(16, 16)} and len(seen) > 1
     del seen[:]
-    whole = restore(lr, system, scale=4, steps=1, tiling=False)
+    whole = restore(lr, system, scale=4, steps=1, tiling=False, tile=8)
     assert seen == [(1, 8, 8, 12)], "a short side of 32 px, a quarter of that in latents, in one go"
     assert tiled.shape == whole.shape == (1, 3, 128, 192)
     shown = restore(lr, replace(system, sampling=replace(system.sampling, tiling=False)), size=(32, 48), steps=1)
