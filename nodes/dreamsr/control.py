@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..common.attention import attend
+from .attention import normed
 from .config import DreamSRConfig
 from .streams import Streams
 
@@ -48,8 +49,8 @@ class ContextCrossAttention(nn.Module):
 
     def forward(self, text: Tensor, local_text: Tensor) -> Tensor:
         """Global text tokens (B, M, D) and the patch's (B, M', D) -> what is added to the former, (B, M, D)."""
-        q = self.norm_q(self._split(self.to_q(text)))
-        k, v = self.norm_k(self._split(self.to_k(local_text))), self._split(self.to_v(local_text))
+        q = normed(self._split(self.to_q(text)), self.norm_q)
+        k, v = normed(self._split(self.to_k(local_text)), self.norm_k), self._split(self.to_v(local_text))
         return self.mlp(rearrange(attend(q, k.to(q), v.to(q)), "b h m d -> b m (h d)"))
 
     def _split(self, tokens: Tensor) -> Tensor:

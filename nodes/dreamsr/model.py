@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..common import checkpoints
 from ..common.conv_head import ConvHead
 from ..common.flux import PATCH, load_flux, unpack
 from ..common.text import TextEmbedding
+from .attention import JointAttention
 from .config import PARTS, DreamSRConfig
 from .control import MMControlNet
 from .ra_lora import NAME as LORA_NAME
@@ -49,6 +51,9 @@ class DreamSR(nn.Module):
         self.head = ConvHead(channels, channels, config.head_width) if config.head_width else None
         if config.lora_rank:
             add_ra_lora(self.base, config)
+        blocks = (self.base.transformer_blocks, self.base.single_transformer_blocks, self.control.blocks)
+        for block in chain(*blocks):
+            block.attn.set_processor(JointAttention())
 
     @property
     def dtype(self) -> torch.dtype:

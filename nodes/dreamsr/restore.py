@@ -20,7 +20,7 @@ from ..common.captions import EmbeddedCaptioner
 from ..common.codec import LinearCodec
 from ..common.color_fix import METHODS as COLOR_FIXES
 from ..common.color_fix import color_fix as fix_colors
-from ..common.devices import best_device
+from ..common.devices import best_device, must_offload, on_device
 from ..common.flux import PAGE as FLUX_PAGE
 from ..common.flux_encoders import FluxTextEncoder, load_flux_autoencoder
 from ..common.images import crop, finish, prepare_lr
@@ -40,7 +40,11 @@ __all__ = ["System", "generate_texture", "load_system", "remove_degradation", "r
 
 @dataclass
 class System:
-    """All that turns a poor picture into a good one."""
+    """All that turns a poor picture into a good one.
+
+    Attributes:
+        device: where everything is computed. offload: networks go there in turn, else they are there.
+    """
 
     network: DreamSR
     autoencoder: nn.Module  # a common.autoencoder.Autoencoder
@@ -49,6 +53,8 @@ class System:
     sampling: Sampling
     clean_captions: bool  # leave out what captions say of damage
     negative_prompt: str  # used where cfg is not 1
+    device: torch.device
+    offload: bool = False
     captions: CaptionCache = field(default_factory=CaptionCache)
 
     @classmethod
@@ -63,11 +69,8 @@ class System:
         """A system that samples as the preset says; captioner None = the embedded one."""
         captioner = captioner or EmbeddedCaptioner(as_good=True)
         sampling = replace(preset.sampling, removal=preset.sampling.removal and bool(network.config.lora_rank))
-        return cls(network, autoencoder, text, captioner, sampling, preset.clean_captions, preset.negative_prompt)
-
-    @property
-    def device(self) -> torch.device:
-        return self.network.device
+        behaviour = sampling, preset.clean_captions, preset.negative_prompt
+        return cls(network, autoencoder, text, captioner, *behaviour, network.device)
 
 
 def load_system(
@@ -77,6 +80,7 @@ def load_system(
     dtype: torch.dtype | None = None,
     captioner: Captioner | None = None,
     ra_lora: str | Path | None = None,
+    offload: bool | None = None,
 ) -> System:
     """Loads a network with its autoencoder and text encoders.
 
@@ -88,6 +92,8 @@ def load_system(
         dtype: of the networks; None = bfloat16 on a GPU, float32 on a CPU.
         captioner: bchw in 0..1 -> list of texts; None = the embedded one.
         ra_lora: file whose RA-LoRA is used instead of the one in `model`.
+        offload: keep text encoders, autoencoder and network on the CPU and bring each to the device for its part;
+            None = where they do not fit on it together.
     Raises: FileNotFoundError naming what is missing; WrongFileError, MismatchedKeysError, CorruptCheckpointError.
     """
     device = torch.device(device or best_device())
@@ -107,11 +113,16 @@ def load_system(
             )
         codec = load_flux_autoencoder(base, dtype)
         text = FluxTextEncoder.from_pretrained(base, dtype)
-    network = DreamSR.from_pretrained(file, base, ra_lora, dtype).to(device)
+    network = DreamSR.from_pretrained(file, base, ra_lora, dtype)
     channels, takes = codec.latent_channels, network.config.latent_channels
     if channels != takes:
         raise ValueError(f"the autoencoder makes latents of {channels} channels, but {file} takes {takes}.")
-    return System.of(preset, network, codec.to(device), text.to(device), captioner)
+    system = System.of(preset, network, codec, text, captioner)
+    system.device, system.offload = device, must_offload((network, codec, text), device) if offload is None else offload
+    if not system.offload:
+        for part in (network, codec, text):
+            part.to(device)
+    return system
 
 
 @torch.no_grad()
@@ -169,37 +180,41 @@ def restore(
     plan = plan_patches(*sides, chosen.tile, chosen.overlap)
 
     prompts = _prompts(system, prepared.pixels, plan, prompt, patch_prompts)
-    positive = system.text.encode([picture.whole for picture in prompts])
-    local = PatchText.encode([picture.patches for picture in prompts], plan, system.text.encode, system.network.dtype)
     unwanted = system.negative_prompt if negative is None else negative
-    low = system.text.encode([unwanted]) if chosen.cfg != 1 else None
+    with on_device(system.text, system.device, system.offload) as text:
+        positive = text.encode([picture.whole for picture in prompts])
+        local = PatchText.encode([picture.patches for picture in prompts], plan, text.encode, system.network.dtype)
+        low = text.encode([unwanted]) if chosen.cfg != 1 else None
     if on_settings is not None:
         described = {"prompt": [picture.whole for picture in prompts], "negative": unwanted, "patches": len(plan)}
         on_settings({**asdict(chosen), **described})
 
-    latent = codec.encode(prepared.pixels.to(system.device))
+    with on_device(codec, system.device, system.offload):
+        latent = codec.encode(prepared.pixels.to(system.device))
     z_lq = to_model(latent.float(), config.latent_shift, config.latent_scale)
     if len(plan) > 1:
         z_lq = z_lq.cpu()  # the size of the picture then takes no memory of the card
-    z = sample(
-        system.network,
-        z_lq,
-        cpu_noise(seed, z_lq.shape),
-        positive,
-        local,
-        low,
-        steps=chosen.steps,
-        start=chosen.start,
-        guidance=chosen.guidance,
-        spacing=chosen.spacing,
-        cfg=chosen.cfg,
-        removal=chosen.removal,
-        tile_batch=chosen.tile_batch,
-        on_step=on_step,
-        on_window=on_window,
-    )
+    with on_device(system.network, system.device, system.offload) as network:
+        z = sample(
+            network,
+            z_lq,
+            cpu_noise(seed, z_lq.shape),
+            positive,
+            local,
+            low,
+            steps=chosen.steps,
+            start=chosen.start,
+            guidance=chosen.guidance,
+            spacing=chosen.spacing,
+            cfg=chosen.cfg,
+            removal=chosen.removal,
+            tile_batch=chosen.tile_batch,
+            on_step=on_step,
+            on_window=on_window,
+        )
     z = to_vae(z.to(system.device), config.latent_shift, config.latent_scale)
-    sr = crop(codec.decode(z).cpu().float(), prepared)
+    with on_device(codec, system.device, system.offload):
+        sr = crop(codec.decode(z).cpu().float(), prepared)
     return finish(fix_colors(sr, prepared.lr, chosen.color_fix), prepared)
 
 

@@ -221,6 +221,18 @@ def test_adapters_on_flux_in_either_layout_are_a_system(small_flux, tmp_path, la
     assert sr.shape == (1, 3, 24, 36) and sr.isfinite().all()
 
 
+def test_networks_take_turns_on_the_device_where_asked(system, tmp_path):
+    system.network.save_pretrained(tmp_path)
+    system.text.save(tmp_path / "text.safetensors")
+    system.autoencoder.save(tmp_path / "codec.safetensors")
+    offloaded, placed = (load_system(tmp_path, device="cpu", offload=offload) for offload in (True, None))
+    assert (offloaded.offload, placed.offload) == (True, False)
+    weights = [p.data_ptr() for p in offloaded.network.parameters()]
+    pictures = [restore(picture(1, 3, 5, 5), s, steps=1) for s in (offloaded, placed)]
+    torch.testing.assert_close(*pictures, atol=1e-3, rtol=0)
+    assert weights == [p.data_ptr() for p in offloaded.network.parameters()]
+
+
 def test_missing_and_wrong_parts_are_named(small_flux, network, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"DreamSR network is missing: .*adapters\.safetensors"):
         load_system(tmp_path / "adapters.safetensors", device="cpu")
