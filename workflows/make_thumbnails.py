@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 HERE = Path(__file__).resolve().parent
 SIDE = 512  # pixels
 # workflow -> (photograph, top, left and side of the square that is shown, in pixels of the result)
-CROPS = {"dit4sr_tiny": ("cat", 0, 80, 288)}
+CROPS = {"dit4sr_tiny": ("cat", 0, 80, 288), "instantir_tiny": ("astronaut", 0, 100, 288)}
 
 
 def thumbnail(method: str, photo: str, top: int, left: int, side: int) -> Image.Image:
