@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.autoencoder import to_model, to_vae
+from ..common.caption_cleaning import clean_caption
 from ..common.captions import EmbeddedCaptioner
 from ..common.codec import LinearCodec
 from ..common.color_fix import METHODS as COLOR_FIXES
@@ -243,10 +244,12 @@ def _latent(system: System, pixels: Tensor) -> Tensor:
 
 
 def _prompts(system: System, pictures: Tensor) -> list[str]:
-    """A prompt of each picture: its caption, if there is a captioner, and the published words."""
+    """A prompt of each picture: its caption, without what it says of damage, if there is a captioner, and the
+    published words."""
     if system.captioner is None:
         return [system.prompt] * len(pictures)
     captions = [caption.strip() for caption in system.captioner(pictures)]
     if not system.prompt:
         return captions
+    captions = [clean_caption(caption) for caption in captions]
     return [f"{caption}{'' if caption[-1:] in '.!?' else '.'} {system.prompt}".strip() for caption in captions]

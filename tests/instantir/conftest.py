@@ -51,11 +51,14 @@ def relative_error():
 
 @pytest.fixture
 def network():
-    """`network(**fields)`: a small network with all parts and random weights everywhere, as after a training."""
+    """`network(**fields)`: a small network with all parts and random weights everywhere, as after a training.
 
-    def make(previewer=True, aggregator=True, **fields):
+    `unet` and `resampler` replace fields of their configs.
+    """
+
+    def make(previewer=True, aggregator=True, unet=None, resampler=None, **fields):
         torch.manual_seed(0)
-        model = InstantIR.new(UNET, RESAMPLER, **fields)
+        model = InstantIR.new(UNET | (unet or {}), replace(RESAMPLER, **(resampler or {})), **fields)
         if aggregator:
             model.add_aggregator()
         if previewer:
@@ -95,8 +98,3 @@ def conditions(inputs):
         return text.prompt_embeds, text.pooled, time_ids, model.resample(run["image"], previewer)
 
     return make
-
-
-@pytest.fixture(scope="session")
-def replaced():
-    return replace
