@@ -33,7 +33,7 @@ from .config import PRESETS, Preset, Sampling
 from .model import InstantIR
 from .preparation import prepare
 from .sampler import OnWindow, Sampled, sample
-from .weights import PAGE, PARTS
+from .weights import PARTS, find_part
 
 __all__ = ["Sampled", "System", "load_system", "restore", "sample"]
 
@@ -108,15 +108,14 @@ def load_system(
         codec, text = LinearCodec.load(folder / FILES["codec"]), TinyTextEncoder.load(folder / FILES["text"])
         preset, eye = PRESETS["tiny"], folder / FILES["vision"]
     else:
-        parts = {part: _part(folder, name) for part, (_, name) in PARTS.items()}
+        parts = [find_part(folder, part) for part in PARTS]
         if base is None:
             raise FileNotFoundError(
                 f"{folder} needs SDXL 1.0 beside it: give its diffusers folder or checkpoint as base, from "
                 "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0."
             )
         eye = Path(vision).expanduser() if vision else _vision_folder(folder, Path(base).expanduser())
-        adapter, aggregator, lora = (parts[name] for name in ("adapter", "aggregator", "previewer"))
-        network = InstantIR.load(base, adapter, aggregator, lora, dtype=dtype)
+        network = InstantIR.load(base, *parts, dtype=dtype)
         codec, text = read_sdxl_vae(base, dtype), SDXLTextEncoder.from_pretrained(base, dtype)
         preset = PRESETS["full"]
     channels, takes = codec.latent_channels, network.config.unet["in_channels"]
@@ -124,17 +123,6 @@ def load_system(
         raise ValueError(f"the autoencoder makes latents of {channels} channels, but the UNet takes {takes}.")
     dino = VisionEncoder.from_pretrained(eye, dtype).to(device)
     return System.of(preset, network.to(device), codec.to(device), text.to(device), dino, captioner)
-
-
-def _part(folder: Path, name: str) -> Path:
-    """The published file, or a trainer's of the same name."""
-    for path in (folder / name, (folder / name).with_suffix(".safetensors")):
-        if path.is_file():
-            return path
-    raise FileNotFoundError(
-        f"{folder / name} does not exist. Download {', '.join(published for _, published in PARTS.values())} from "
-        f"{PAGE} into this folder (the page keeps them in `models`). Nothing is downloaded by itself."
-    )
 
 
 def _vision_folder(model: Path, base: Path) -> Path:

@@ -52,8 +52,9 @@ def load_parts(
     dtype: torch.dtype | None,
 ) -> InstantIR:
     """See `InstantIR.load`."""
-    files = {"adapter": adapter, "aggregator": aggregator, "previewer": previewer_lora}
-    headers = {part: _header(Path(file), part) for part, file in files.items() if file is not None}
+    given = {"adapter": adapter, "aggregator": aggregator, "previewer": previewer_lora}
+    files = {part: find_part(path, part) for part, path in given.items() if path is not None}
+    headers = {part: _header(file, part) for part, file in files.items()}
     base, config = read_sdxl_unet(unet, unet_config)
     parts = {part: checkpoints.load_state(files[part]) for part in headers}
     shown = {"unet": unet, **files}
@@ -173,9 +174,26 @@ def save_part(model: InstantIR, path: str | Path, part: str, state: State | None
     )
 
 
+def find_part(path: str | Path, part: str) -> Path:
+    """The file of a part: `path` itself, or in a folder that of the published name, .safetensors or not.
+
+    Raises: FileNotFoundError that says where it belongs and where it comes from.
+    """
+    path = Path(path).expanduser()
+    family, name = PARTS[part]
+    if not path.is_dir():
+        return checkpoints.require_file(path, checkpoints.FAMILIES[family], str(path.parent), PAGE)
+    for file in (path / name, (path / name).with_suffix(".safetensors")):
+        if file.is_file():
+            return file
+    raise FileNotFoundError(
+        f"{path / name} does not exist. Download {', '.join(published for _, published in PARTS.values())} from "
+        f"{PAGE} into this folder (the page keeps them in `models`). Nothing is downloaded by itself."
+    )
+
+
 def _header(path: Path, part: str) -> checkpoints.Header:
     family, name = PARTS[part]
-    path = checkpoints.require_file(path.expanduser(), checkpoints.FAMILIES[family], str(path.parent), PAGE)
     header = checkpoints.read_header(path)
     checkpoints.require_family(header, family, path, f"Choose {name} of {PAGE}, or a file that its trainer wrote.")
     return header

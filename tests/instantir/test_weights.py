@@ -44,6 +44,13 @@ def test_pipeline_folders_unet_folders_and_files_in_them(published, recorded, tm
         assert same(InstantIR.load(**published | {"unet": path}), recorded)
 
 
+def test_parts_are_found_in_folders(published, recorded):
+    folder = published["adapter"].parent
+    assert same(InstantIR.load(published["unet"], folder, folder, folder), recorded)
+    with pytest.raises(FileNotFoundError, match=r"unet.adapter\.pt does not exist"):
+        InstantIR.load(published["unet"], published["unet"])
+
+
 def test_parts_are_optional(published, recorded):
     base = InstantIR.load(published["unet"])
     assert base.resampler is base.aggregator is base.switch is None
