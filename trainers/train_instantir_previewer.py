@@ -42,12 +42,14 @@ class PreviewerTraining(InstantIRTraining):
     lowest_guidance: float = option(3.0, "w of the teacher, c + w (c - u), is uniform from this (published 3)")
     highest_guidance: float = option(15.0, "to this (published 15)")
     huber_c: float = option(0.001, "c of the pseudo-Huber distance (published 0.001)")
+    clean: float = option(0.0, "share of the preview's distance to the clean latent itself in the loss (not in the "
+                               "paper: it keeps a short training from agreeing on a blur)")
     output_dir: str = option("runs/instantir_previewer", "folder for checkpoints, logs, samples and the final weights")
     max_steps: int = option(30_000, "optimizer steps (paper 30,000)")
 
 
 # not in the paper: the tiny network is sampled with a guidance near 1, and so it is distilled
-TINY_PREVIEWER = TINY | {"max_steps": 1500, "lowest_guidance": 0.0, "highest_guidance": 1.0}
+TINY_PREVIEWER = TINY | {"max_steps": 1500, "lowest_guidance": 0.0, "highest_guidance": 1.0, "clean": 1.0}
 
 
 class PreviewerStudy(InstantIRStudy):
@@ -61,9 +63,10 @@ class PreviewerStudy(InstantIRStudy):
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """Distance of the previews of z_s and of the teacher's next latent z_t (equation 5)."""
-        rows = len(batch["hr"])
+        rows, c = len(batch["hr"]), self.config.huber_c
+        z = self.latents(batch["hr"])
         s, t = distilled_timesteps(rows, generator, self.model.config.train_timesteps)
-        at_s = self.noised(self.latents(batch["hr"]), s, generator)
+        at_s = self.noised(z, s, generator)
         w = torch.rand(rows, generator=generator)
         w = self.config.lowest_guidance + (self.config.highest_guidance - self.config.lowest_guidance) * w
         features, empty = self.features(batch["lr"]), self.prompts([""] * rows)
@@ -71,7 +74,9 @@ class PreviewerStudy(InstantIRStudy):
         preview = self.preview(at_s.x, at_s.t, features, empty)
         with torch.no_grad():
             target = self.preview(x_t, t.to(x_t.device), features, empty)
-        return pseudo_huber(preview, target, self.config.huber_c), {}
+        distance, error = pseudo_huber(preview, target, c), pseudo_huber(preview, z, c)
+        loss = distance + self.config.clean * error if self.config.clean else distance
+        return loss, {"distance": distance.item(), "error": error.item()}
 
     @torch.no_grad()
     def teach(self, at_s: Noised, t: Tensor, w: Tensor, batch: dict[str, Any], features: Tensor,

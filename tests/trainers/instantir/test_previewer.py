@@ -70,6 +70,16 @@ def test_loss_by_hand(study, config, batch_of):
     torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-6)
 
 
+def test_the_error_counts_as_much_as_asked(config, program, batch_of):
+    losses = []
+    for clean in (0.0, 2.0):
+        study = previewer.build(config("previewer", clean=clean), program.NETWORK.previewer).train()
+        loss, numbers = study(batch_of(study.config), generator_of("draws"))
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(numbers["distance"]) and numbers["error"] > 0.01
+    assert losses[1] == pytest.approx(numbers["distance"] + 2 * numbers["error"])
+
+
 def test_training_goes_on_with_a_lora_that_is_there(config, program, starts):
     study = previewer.build(config("previewer", start=starts["nothing"]), program.NETWORK.previewer)
     assert study.model.aggregator is not None
