@@ -15,6 +15,7 @@ from torch.nn.functional import max_pool2d
 from .instances import absorb_small, compact, connected_components
 
 REACH = 4  # pixels: instances this near to each other do not share a colour
+CLEAR = 0.16  # pixels this near to a colour of the palette are no mixtures; noise of 5% rarely takes one further
 _PIXELS = 2**18  # compared with the palette at a time
 
 
@@ -97,8 +98,8 @@ def _near(ranked: np.ndarray) -> dict[int, set[int]]:
 def labels_of_map(pictures: Tensor, min_area: int = 64) -> Tensor:
     """Decoded instance maps -> label maps: nearest colour, cleaned, then connected areas.
 
-    The mixed colours along a border are the colour of no instance: areas two pixels thin or less go to what lies next
-    to them, and so do spots.
+    The mixed colours along a border are the colour of no instance: they go to the areas on its sides, and spots to
+    what they lie in.
 
     Args:
         pictures: (B, 3, H, W) in 0..1.
@@ -109,7 +110,7 @@ def labels_of_map(pictures: Tensor, min_area: int = 64) -> Tensor:
 
 
 def _labels(picture: Tensor, min_area: int) -> Tensor:
-    colors = _without_thin_areas(_nearest(picture))
+    colors = _without_borders(*_nearest(picture))
     areas = absorb_small(connected_components(colors), min_area)
     color_of_area = np.zeros(areas.max() + 1, dtype=np.int64)
     largest = np.zeros_like(color_of_area)
@@ -121,24 +122,47 @@ def _labels(picture: Tensor, min_area: int) -> Tensor:
     return compact(torch.from_numpy(np.where(color_of_area[areas] > 0, merged + 1, 0)))
 
 
-def _nearest(picture: Tensor) -> np.ndarray:
-    """(3, H, W) -> (H, W) rows of the palette."""
-    pixels, colors = picture.flatten(1).T, palette()
-    squares = colors.square().sum(dim=1)
-    rows = [(squares - 2 * part @ colors.T).argmin(dim=1) for part in pixels.split(_PIXELS)]
-    return torch.cat(rows).reshape(picture.shape[1:]).numpy()
+def _nearest(picture: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """(3, H, W) -> rows of the palette, and whether the pixel is clearly of that colour, (H, W) each."""
+    pixels, rows, clear = picture.flatten(1).T, [], []
+    for part in pixels.split(_PIXELS):
+        distance, row = torch.cdist(part, palette()).min(dim=1)
+        rows.append(row)
+        clear.append(distance < CLEAR)
+    return tuple(torch.cat(parts).reshape(picture.shape[1:]).numpy() for parts in (rows, clear))
 
 
-def _without_thin_areas(colors: np.ndarray) -> np.ndarray:
-    """Keeps what some square of 3 x 3 px of one colour covers; the rest takes the colour of the nearest pixel kept."""
+def _without_borders(colors: np.ndarray, clear: np.ndarray) -> np.ndarray:
+    """Gives what a decoder smears over a border to the areas on its sides.
+
+    Kept is what some square of 3 x 3 px of one colour covers, and thinner areas of a clear colour that is no mixture
+    of those on both sides. The rest takes the colour of the nearest pixel kept.
+    """
     classes = torch.from_numpy(colors)[None, None].float()
     uniform = max_pool2d(classes, 3, 1, 1) == -max_pool2d(-classes, 3, 1, 1)
     kept = max_pool2d(uniform.float(), 3, 1, 1)[0, 0].bool().numpy()
     if not kept.any():
         return colors
-    filled = np.where(kept, colors, -1)
+    solid = np.where(kept, colors, -1)
+    across = _mixed(solid, colors)
+    down = _mixed(solid.T, colors.T).T
+    filled = np.where(kept | (clear & ~across & ~down), colors, -1)
     while (filled < 0).any():
         before = np.pad(filled, 1, constant_values=-1)
         for beside in (before[1:-1, :-2], before[1:-1, 2:], before[:-2, 1:-1], before[2:, 1:-1]):
             filled = np.where(filled < 0, beside, filled)
     return filled
+
+
+def _mixed(solid: np.ndarray, colors: np.ndarray) -> np.ndarray:
+    """Where a colour lies between those of the next solid pixels in its row: |a - c| + |c - b| = |a - b|, nearly."""
+    left, right = _last_solid(solid), _last_solid(solid[:, ::-1])[:, ::-1]
+    apart = torch.cdist(palette(), palette()).numpy()
+    detour = apart[left, colors] + apart[colors, right]
+    return (solid < 0) & (left >= 0) & (right >= 0) & (left != right) & (detour < 1.05 * apart[left, right])
+
+
+def _last_solid(solid: np.ndarray) -> np.ndarray:
+    """For each pixel the last value of its row up to it that is not -1; -1 where there is none."""
+    places = np.where(solid >= 0, np.arange(solid.shape[1]), 0)
+    return np.take_along_axis(solid, np.maximum.accumulate(places, axis=1), axis=1)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from fourfold.nodes.common.codec import LinearCodec
 from fourfold.nodes.common.tiny import load_codec
-from fourfold.nodes.instancersr.instances import compact
+from fourfold.nodes.instancersr.instances import compact, connected_components
 from fourfold.nodes.instancersr.palette import colorize, labels_of_map, palette
 
 
@@ -15,6 +15,11 @@ def cells(count, height=96, width=128, seed=0):
     points = torch.rand(count, 2, generator=draw) * torch.tensor([height, width])
     pixels = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"), dim=-1)
     return compact(torch.cdist(pixels.reshape(-1, 2).float(), points).argmin(dim=1).reshape(height, width) + 1)
+
+
+def connected(labels):
+    """Every connected area an instance."""
+    return compact(torch.from_numpy(connected_components(labels.numpy())) + 1)
 
 
 def recovered(found, labels):
@@ -89,6 +94,14 @@ def test_borders_in_mixed_colours_are_no_instances():
     picture[:, :, 29:31] = 0.5  # grey, between white and black
     found = labels_of_map(picture[None])[0]
     assert found.unique().tolist() == [0, 1] and recovered(found, 2 - labels) > 0.98
+
+
+def test_thin_instances_stay():
+    labels = torch.ones(40, 60, dtype=torch.long)
+    labels[:, 30:], labels[10:12], labels[:, 50] = 2, 3, 4
+    picture = colorize(labels[None])
+    noise = 0.05 * torch.randn(picture.shape, generator=torch.Generator().manual_seed(1))
+    assert recovered(labels_of_map(picture + noise, min_area=16)[0], connected(labels)) >= 0.99
 
 
 def test_an_instance_in_two_pieces_becomes_two_and_a_spot_none():
