@@ -21,7 +21,7 @@ from ..common.captions import EmbeddedCaptioner
 from ..common.codec import LinearCodec
 from ..common.color_fix import METHODS as COLOR_FIXES
 from ..common.color_fix import color_fix as fix_colors
-from ..common.devices import best_device
+from ..common.devices import best_device, must_offload, on_device
 from ..common.images import crop, finish, prepare_lr
 from ..common.sampling import OnStep, cpu_noise, flow_timesteps, guided
 from ..common.sampling import sample as run_scheduler
@@ -109,7 +109,11 @@ def _shares(prompts: Prompts | None, model: DiT4SRTransformer) -> list[tuple[Tex
 
 @dataclass
 class System:
-    """All that turns a poor picture into a good one."""
+    """All that turns a poor picture into a good one.
+
+    Attributes:
+        device: where everything is computed. offload: networks go there in turn, else they are there.
+    """
 
     transformer: DiT4SRTransformer
     autoencoder: nn.Module  # a common.autoencoder.Autoencoder
@@ -118,6 +122,8 @@ class System:
     sampling: Sampling
     added_prompt: str  # follows the caption
     negative_prompt: str
+    device: torch.device
+    offload: bool = False
 
     @classmethod
     def of(
@@ -128,14 +134,10 @@ class System:
         text: nn.Module,
         captioner: Captioner | None = None,
     ) -> System:
-        """A system that samples as the preset says; captioner None = the embedded one."""
+        """A system that samples as the preset says, where the network is; captioner None = the embedded one."""
         prompts = preset.added_prompt, preset.negative_prompt
         captioner = captioner or EmbeddedCaptioner(as_good=True)
-        return cls(transformer, autoencoder, text, captioner, preset.sampling, *prompts)
-
-    @property
-    def device(self) -> torch.device:
-        return self.transformer.device
+        return cls(transformer, autoencoder, text, captioner, preset.sampling, *prompts, transformer.device)
 
 
 def load_system(
@@ -145,6 +147,7 @@ def load_system(
     dtype: torch.dtype | None = None,
     variant: Variant | None = None,
     captioner: Captioner | None = None,
+    offload: bool | None = None,
 ) -> System:
     """Loads a network with its autoencoder and text encoder.
 
@@ -157,6 +160,8 @@ def load_system(
         dtype: of the network; None = bfloat16 on a GPU, float32 on a CPU.
         variant: see `DiT4SRTransformer.from_pretrained`.
         captioner: bchw in 0..1 -> list of texts; None = the embedded one.
+        offload: keep text encoders, autoencoder and network on the CPU and bring each to the device for its part;
+            None = where the device does not hold them all at once.
     Raises: FileNotFoundError naming what is missing; WrongFileError, MismatchedKeysError, CorruptCheckpointError.
     """
     device = torch.device(device or best_device())
@@ -172,11 +177,17 @@ def load_system(
         base = Path(base) if base else network.parent
         codec = KLAutoencoder.from_pretrained(base, dtype)
         text, preset = SD3TextEncoder.from_pretrained(base, dtype=dtype), PRESETS["full"]
-    transformer = DiT4SRTransformer.from_pretrained(network, variant, dtype).to(device)
+    transformer = DiT4SRTransformer.from_pretrained(network, variant, dtype)
     channels, takes = codec.latent_channels, transformer.config.in_channels
     if channels != takes:
         raise ValueError(f"the autoencoder makes latents of {channels} channels, but {network} takes {takes}.")
-    return System.of(preset, transformer, codec.to(device), text.to(device), captioner)
+    system = System.of(preset, transformer, codec, text, captioner)
+    parts = transformer, codec, text
+    system.device, system.offload = device, must_offload(parts, device) if offload is None else offload
+    if not system.offload:
+        for part in parts:
+            part.to(device)
+    return system
 
 
 @torch.no_grad()
@@ -228,30 +239,34 @@ def restore(
     texts = [texts] * len(lr) if isinstance(texts, str) else texts
     if len(texts) != len(lr):
         raise ValueError(f"{len(texts)} prompts for {len(lr)} pictures; give one text, or one for each picture.")
-    positive = system.text.encode([positive_prompt(text, system.added_prompt) for text in texts])
     unwanted = system.negative_prompt if negative is None else negative
-    low = system.text.encode([unwanted]) if chosen.guidance != 1 else None
     if on_settings is not None:
         on_settings({**asdict(chosen), "prompt": list(texts), "negative": unwanted})
 
-    latent = system.autoencoder.encode(prepared.pixels.to(system.device))
+    with on_device(system.text, system.device, system.offload) as text_encoder:
+        positive = text_encoder.encode([positive_prompt(text, system.added_prompt) for text in texts])
+        low = text_encoder.encode([unwanted]) if chosen.guidance != 1 else None
+    with on_device(system.autoencoder, system.device, system.offload) as autoencoder:
+        latent = autoencoder.encode(prepared.pixels.to(system.device))
     z_lr = to_model(latent.float(), config.latent_shift, config.latent_scale)
-    z = sample(
-        system.transformer,
-        z_lr,
-        cpu_noise(seed, z_lr.shape),
-        positive,
-        low,
-        steps=chosen.steps,
-        guidance=chosen.guidance,
-        start_sigma=chosen.start_sigma,
-        tile=chosen.tile,
-        overlap=chosen.overlap,
-        tile_batch=chosen.tile_batch,
-        on_step=on_step,
-        on_window=on_window,
-    )
-    decoded = system.autoencoder.decode(to_vae(z, config.latent_shift, config.latent_scale)).cpu().float()
+    with on_device(system.transformer, system.device, system.offload) as transformer:
+        z = sample(
+            transformer,
+            z_lr,
+            cpu_noise(seed, z_lr.shape),
+            positive,
+            low,
+            steps=chosen.steps,
+            guidance=chosen.guidance,
+            start_sigma=chosen.start_sigma,
+            tile=chosen.tile,
+            overlap=chosen.overlap,
+            tile_batch=chosen.tile_batch,
+            on_step=on_step,
+            on_window=on_window,
+        )
+    with on_device(system.autoencoder, system.device, system.offload) as autoencoder:
+        decoded = autoencoder.decode(to_vae(z, config.latent_shift, config.latent_scale)).cpu().float()
     sr = crop(decoded, prepared)
     return finish(fix_colors(sr, prepared.lr, chosen.color_fix), prepared)
 

@@ -191,7 +191,7 @@ def system(network):
     made = System(network(pooled_projection_dim=12, latent_shift=0.05, latent_scale=1.5), codec.eval(),
                   text.eval().requires_grad_(False), captioner,
                   Sampling(steps=2, guidance=2.0, start_sigma=0.7, tile=16, overlap=4, multiple=8, min_short_side=16),
-                  added_prompt="", negative_prompt="")
+                  added_prompt="", negative_prompt="", device=torch.device("cpu"))
     made.asked = asked
     return made
 
@@ -299,6 +299,15 @@ def test_tiny_training_export_is_a_system(system, tmp_path):
     loaded.sampling, loaded.captioner = system.sampling, system.captioner
     loaded.negative_prompt = system.negative_prompt
     assert torch.equal(restore(picture(1, 3, 5, 5), loaded), restore(picture(1, 3, 5, 5), system))
+
+
+def test_networks_that_take_turns_on_the_device_give_the_same_picture(system):
+    placed = restore(picture(1, 3, 5, 5), system)
+    system.offload = True
+    parts = system.transformer, system.text, system.autoencoder
+    weights = [[p.data_ptr() for p in part.parameters()] for part in parts]
+    assert torch.equal(restore(picture(1, 3, 5, 5), system), placed)
+    assert [[p.data_ptr() for p in part.parameters()] for part in parts] == weights, "they are back at their places"
 
 
 def test_missing_parts_are_named(network, tmp_path):
