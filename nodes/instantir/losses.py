@@ -45,7 +45,7 @@ def diffusion_loss(
     weight: LossWeight = "none",
     l1: float = 0.0,
 ) -> Tensor:
-    """Mean squared error of what the UNet puts out (equation 1): the noise, v = alpha noise - sigma x0, or x0 ("sample").
+    """Mean squared error of what the UNet puts out (equation 1): noise, v = alpha noise - sigma x0, or x0 ("sample").
 
     Args:
         output, x0, noise: (B, C, h, w). alpha, sigma: (B,), of x_t = alpha x0 + sigma noise.

@@ -1,4 +1,4 @@
-"""The tiny network's prediction: a residual on the LQ latent where the Aggregator works, else the clean latent itself."""
+"""The tiny network's prediction: a residual on the LQ latent where the Aggregator works, else the clean latent."""
 
 import torch
 from fourfold.nodes.instantir.losses import diffusion_loss
