@@ -25,15 +25,21 @@ _MATRIX = re.compile(rf"^base\.(?P<layer>.*)\.(?P<matrix>lora_[AB])\.{NAME}\.wei
 
 
 def add_ra_lora(transformer: nn.Module, config: DreamSRConfig) -> None:
-    """Adds the LoRA, turned off, to FLUX's blocks in place; on the meta device if they are there."""
+    """Adds the LoRA, turned off, to FLUX's blocks in place; on the meta device if they are there.
+
+    FLUX's own weights require a gradient, or not, as before: peft would freeze them.
+    """
     settings = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_rank if config.lora_alpha is None else config.lora_alpha,
         lora_dropout=0.0,
         target_modules=TARGETS,
     )
-    on_meta = next(transformer.parameters()).is_meta
+    trained = [(parameter, parameter.requires_grad) for parameter in transformer.parameters()]
+    on_meta = trained[0][0].is_meta
     inject_adapter_in_model(settings, transformer, adapter_name=NAME, low_cpu_mem_usage=on_meta)
+    for parameter, wanted in trained:
+        parameter.requires_grad_(wanted)
     switch(transformer, False)
 
 

@@ -212,6 +212,15 @@ def test_training_goes_on_with_and_without_the_lora_under_gradient_checkpointing
         torch.testing.assert_close(gradient, gradients[1][name], atol=1e-5, rtol=1e-4)
 
 
+def test_adding_a_lora_freezes_nothing(small):
+    """The tiny network's base is trained, too; what is frozen at full size is the trainer's choice."""
+    model = DreamSR(small())
+    assert all(p.requires_grad for p in model.parameters())
+    frozen = DreamSR(small(lora_rank=0)).requires_grad_(False)
+    frozen.add_ra_lora(4)
+    assert {id(p) for p in frozen.parameters() if p.requires_grad} == {id(p) for p in frozen.lora_parameters()}
+
+
 def test_switching_leaves_alone_what_requires_a_gradient(network, texts, latents):
     model, (x, lr) = network(), latents()
     for wanted in (False, True):
