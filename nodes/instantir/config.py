@@ -185,7 +185,7 @@ PRESETS: dict[str, Preset] = {
         InstantIRConfig(
             TINY_UNET,
             ResamplerConfig(embedding_dim=128, dim=128, depth=2, dim_head=32, heads=4, num_queries=16, output_dim=128),
-            PreviewerConfig(rank=8),
+            PreviewerConfig(rank=8, alpha=8.0),  # a scale of one, so that a short training moves it
             aggregator=True,
             aggregator_hidden=32,
             prediction="sample",
