@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -68,12 +68,41 @@ class PictureCache:
     def __getitem__(self, index: int) -> Tensor:
         if index in self._pictures:
             return self._pictures[index]
-        picture = (_rgb(read_image(self.paths[index])[0]) * 255).round().to(torch.uint8)
+        picture = self.read(self.paths[index])
         worker = get_worker_info()
-        if self.used + picture.numel() <= self.budget / (worker.num_workers if worker else 1):
+        if self.used + picture.nbytes <= self.budget / (worker.num_workers if worker else 1):
             self._pictures[index] = picture
-            self.used += picture.numel()
+            self.used += picture.nbytes
         return picture
+
+    def read(self, path: Path) -> Tensor:
+        return (_rgb(read_image(path)[0]) * 255).round().to(torch.uint8)
+
+
+class Cut(NamedTuple):
+    """The part of a picture that a crop is: a square, in pixels, and how it is turned once it has its size."""
+
+    top: int
+    left: int
+    side: int
+    turns: int
+    mirrored: bool
+
+    @classmethod
+    def draw(cls, height: int, width: int, crop: int, min_scale: float, draws: torch.Generator) -> Cut:
+        """A square of crop / s pixels, s uniform in min_scale..1, anywhere in the picture, turned in any way."""
+        u, v, w = torch.rand(3, generator=draws).tolist()
+        side = min(round(crop / (min_scale + (1 - min_scale) * u)), height, width)
+        turns, mirror = torch.randint(4, (2,), generator=draws).tolist()
+        return cls(round(v * (height - side)), round(w * (width - side)), side, turns, mirror % 2 == 1)
+
+    def window(self, picture: Tensor) -> Tensor:
+        """(..., H, W) -> (..., side, side)."""
+        return picture[..., self.top:self.top + self.side, self.left:self.left + self.side]
+
+    def turned(self, square: Tensor) -> Tensor:
+        square = torch.rot90(square, self.turns, (-2, -1))
+        return (square.flip(-1) if self.mirrored else square).contiguous()
 
 
 class Photographs:
@@ -130,27 +159,24 @@ class Photographs:
         return digest.hexdigest()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        draws = generator_of(self.seed, "photograph", index)
-        which = int(torch.randint(len(self.pictures.paths), (), generator=draws))
-        hr = self._crop(self.pictures[which], draws)
+        which, cut = self.choose(index)
+        hr = self._crop(self.pictures[which], cut)
         item = {"hr": hr, "caption": self.captions[which] or self.captioner(hr[None])[0], "index": index}
         if self.degradation is not None:
             item["lr"] = degrade(hr[None], self.degradation, seed_of(self.seed, "degradation", index), self.scale)[0]
         return item
 
-    def _crop(self, picture: Tensor, draws: torch.Generator) -> Tensor:
-        height, width = picture.shape[1:]
-        u, v, w = torch.rand(3, generator=draws).tolist()
-        shrink = self.min_scale + (1 - self.min_scale) * u
-        side = min(round(self.crop / shrink), height, width)
-        top, left = round(v * (height - side)), round(w * (width - side))
-        hr = picture[:, top:top + side, left:left + side].float() / 255
-        if side != self.crop:
-            size = (self.crop, self.crop)
+    def choose(self, index: int) -> tuple[int, Cut]:
+        """Which picture item `index` is cut out of, and where."""
+        draws = generator_of(self.seed, "photograph", index)
+        which = int(torch.randint(len(self.pictures.paths), (), generator=draws))
+        return which, Cut.draw(*self.pictures[which].shape[-2:], self.crop, self.min_scale, draws)
+
+    def _crop(self, picture: Tensor, cut: Cut) -> Tensor:
+        hr, size = cut.window(picture).float() / 255, (self.crop, self.crop)
+        if cut.side != self.crop:
             hr = interpolate(hr[None], size, mode="bicubic", antialias=True, align_corners=False)[0].clamp(0, 1)
-        turns, mirror = torch.randint(4, (2,), generator=draws).tolist()
-        hr = torch.rot90(hr, turns, (1, 2))
-        return (hr.flip(2) if mirror % 2 else hr).contiguous()
+        return cut.turned(hr)
 
 
 def _settings(degradation: DegradationSettings | str | None) -> DegradationSettings | None:

@@ -1,7 +1,7 @@
 """Puts freshly trained parts of the tiny family in their place.
 
     python -m fourfold.trainers.place_tiny --codec runs/tiny/codec.safetensors --dit4sr runs/tiny/dit4sr \\
-        --vision runs/tiny/vision --instantir runs/tiny/aggregator
+        --vision runs/tiny/vision --instantir runs/tiny/aggregator --instancersr runs/tiny/instancersr
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ..nodes.common.checkpoints import atomic_path, require_family
 from ..nodes.common.tiny import FILES, SHARED, checkpoints_dir
 from ..nodes.common.weight_files import load_state, read_header
 from ..nodes.dit4sr.model import WEIGHTS_NAME
+from ..nodes.instancersr.model import WEIGHTS_NAME as INSTANCERSR
 from .fit import option, parse
 from .resume import checkpoints
 
@@ -27,6 +28,7 @@ RUNS = {  # option -> part of the family -> where its file lies in the newest ex
     "dit4sr": {"dit4sr": f"transformer/{WEIGHTS_NAME}", "text": FILES["text"]},
     "vision": {"vision": FILES["vision"]},
     "instantir": {"instantir": FILES["instantir"]},
+    "instancersr": {"instancersr": INSTANCERSR},
 }
 
 
@@ -37,6 +39,7 @@ class PlaceConfig:
     dit4sr: str | None = option(None, "output folder of DiT4SR's tiny training; None = left as it is")
     vision: str | None = option(None, "output folder of the vision encoder's training; None = left as it is")
     instantir: str | None = option(None, "output folder of InstantIR's last training, the Aggregator's; None = left")
+    instancersr: str | None = option(None, "output folder of InstanceRSR's tiny training; None = left as it is")
     codec: str | None = option(None, "file that fit_codec wrote; None = left as it is")
     checkpoints: str = option(str(checkpoints_dir()), "the family's folder")
 

@@ -4,11 +4,12 @@
 #     trainers/train_tiny.sh PHOTOGRAPHS OUT [options of the trainings, e.g. --num_workers 4]
 #
 # OUT takes the runs (logs, checkpoints, sample pictures). Started again after an interruption, it goes on where it was.
-# PYTHON is the interpreter (default: python), CHECKPOINTS the folder for the results (default: the suite's own).
+# PYTHON is the interpreter (default: python), CHECKPOINTS the folder for the results (default: the suite's own),
+# INSTANCES the folder of the photographs' label maps, which InstanceRSR needs: without it, it is left out.
 set -euo pipefail
 
 if [ "$#" -lt 2 ]; then
-    sed -n '2,7s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 photographs=$1 out=$2
@@ -40,8 +41,15 @@ train dcp train_instantir_dcp "${parts[@]}" --start "$(newest base)/base.safeten
 train previewer train_instantir_previewer "${parts[@]}" --start "$(newest dcp)/instantir_tiny.safetensors" "$@"
 train aggregator train_instantir_aggregator "${parts[@]}" --start "$(newest previewer)/instantir_tiny.safetensors" "$@"
 
+placed=()
+if [ -n "${INSTANCES:-}" ]; then
+    train instancersr train_instancersr --preset tiny --instances "$INSTANCES" --codec "$out/codec.safetensors" \
+        --vision "$(newest vision)/vision.safetensors" "$@"
+    placed=(--instancersr "$out/instancersr")
+fi
+
 "$python" -m fourfold.trainers.place_tiny --codec "$out/codec.safetensors" --dit4sr "$out/dit4sr" \
-    --vision "$out/vision" --instantir "$out/aggregator" ${CHECKPOINTS:+--checkpoints "$CHECKPOINTS"}
+    --vision "$out/vision" --instantir "$out/aggregator" "${placed[@]}" ${CHECKPOINTS:+--checkpoints "$CHECKPOINTS"}
 
 cat <<END
 How good it is, measured against bicubic on photographs that were not trained on:

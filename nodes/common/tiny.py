@@ -43,8 +43,9 @@ def tiny_checkpoint(name: str) -> Path:
 
 
 def is_tiny(model: str | Path) -> bool:
-    """Whether `model` means tiny weights: "tiny", the shipped ones, or a folder that a tiny training has exported."""
-    return str(model) == "tiny" or (Path(model) / FILES["text"]).is_file()
+    """Whether `model` means tiny weights: "tiny", the shipped ones, or a folder that a tiny training has exported,
+    which always holds the codec."""
+    return str(model) == "tiny" or (Path(model) / FILES["codec"]).is_file()
 
 
 def available_methods() -> list[str]:
