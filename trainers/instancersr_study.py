@@ -240,7 +240,7 @@ class InstanceRSRStudy(nn.Module):
         Returns: `sample_psnr`, the mean over the samples in dB.
         """
         system = System.of(PRESETS[self.config.preset], self.network, self.autoencoder)
-        mixed = self.network.dtype != torch.float32  # a base in half precision under float32 adapters
+        mixed = any(p.dtype != torch.float32 for p in self.network.parameters())  # a base in half precision
         psnr = []
         for index, item in enumerate(self.samples):
             hr, lr, true = item["hr"][None], item["lr"][None], item["map"][None]

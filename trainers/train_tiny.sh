@@ -41,15 +41,14 @@ train dcp train_instantir_dcp "${parts[@]}" --start "$(newest base)/base.safeten
 train previewer train_instantir_previewer "${parts[@]}" --start "$(newest dcp)/instantir_tiny.safetensors" "$@"
 train aggregator train_instantir_aggregator "${parts[@]}" --start "$(newest previewer)/instantir_tiny.safetensors" "$@"
 
-placed=()
 if [ -n "${INSTANCES:-}" ]; then
     train instancersr train_instancersr --preset tiny --instances "$INSTANCES" --codec "$out/codec.safetensors" \
         --vision "$(newest vision)/vision.safetensors" "$@"
-    placed=(--instancersr "$out/instancersr")
 fi
 
 "$python" -m fourfold.trainers.place_tiny --codec "$out/codec.safetensors" --dit4sr "$out/dit4sr" \
-    --vision "$out/vision" --instantir "$out/aggregator" "${placed[@]}" ${CHECKPOINTS:+--checkpoints "$CHECKPOINTS"}
+    --vision "$out/vision" --instantir "$out/aggregator" ${INSTANCES:+--instancersr "$out/instancersr"} \
+    ${CHECKPOINTS:+--checkpoints "$CHECKPOINTS"}
 
 cat <<END
 How good it is, measured against bicubic on photographs that were not trained on:
