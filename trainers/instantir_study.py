@@ -172,9 +172,10 @@ class InstantIRStudy(nn.Module):
         return Noised(alpha[:, None, None, None] * z + sigma[:, None, None, None] * noise, t.to(z.device), noise,
                       alpha, sigma)
 
-    def timesteps(self, rows: int, generator: torch.Generator) -> Tensor:
-        """Timesteps (rows,), all equally likely."""
-        return torch.randint(self.model.config.train_timesteps, (rows,), generator=generator)
+    def timesteps(self, rows: int, generator: torch.Generator, late: float = 1.0) -> Tensor:
+        """Timesteps (rows,), with a density that grows as t^(late - 1): 1 = all equally likely, more = noisier ones."""
+        u = torch.rand(rows, generator=generator) ** (1 / late)
+        return (u * self.model.config.train_timesteps).long().clamp(max=self.model.config.train_timesteps - 1)
 
     # What is written
 

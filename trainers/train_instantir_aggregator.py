@@ -38,6 +38,8 @@ class AggregatorTraining(InstantIRTraining):
     prompted: float = option(0.0, "share of the samples that get their caption, 0..1 (published 0: always empty)")
     alone: float = option(0.0, "share of the samples without the Aggregator, which train a trained base, 0..1 (not in "
                                "the paper); they get their caption, but for the share of drop_image")
+    late: float = option(1.0, "density of the timesteps, t^(late - 1): 1 = all equally likely (paper), 3 = mostly noisy "
+                              "ones, which a few steps of sampling are at")
     loss_weight: Literal["none", "x0"] = option("none", "weight of the diffusion loss (paper none)")
     l1: float = option(0.0, "share of the absolute error in the loss (not in the paper)")
     edge: float = option(0.0, "share of the error of the decoded picture's edges (not in the paper; tiny preset only)")
@@ -48,12 +50,14 @@ class AggregatorTraining(InstantIRTraining):
         super().__post_init__()
         if self.edge and self.preset == "full":
             raise ValueError(f"--edge is {self.edge}, but only the tiny codec lets gradients through; leave it at 0.")
+        if self.late < 1:
+            raise ValueError(f"--late is {self.late}; 1 or more is expected.")
         if self.alone and not self.train_base:
             raise ValueError(f"--alone is {self.alone}, but without --train_base such samples train nothing.")
 
 
-TINY_AGGREGATOR = TINY | {"train_base": True, "max_steps": 6000, "prompted": 0.5, "alone": 0.15, "loss_weight": "x0",
-                          "l1": 0.3, "edge": 2.0}
+TINY_AGGREGATOR = TINY | {"train_base": True, "max_steps": 6000, "prompted": 0.5, "alone": 0.15, "late": 3.0,
+                          "loss_weight": "x0", "l1": 0.3, "edge": 2.0}
 
 
 class AggregatorStudy(InstantIRStudy):
@@ -66,7 +70,7 @@ class AggregatorStudy(InstantIRStudy):
         null_image, alone, prompted, null_text = torch.rand(4, rows, generator=generator) < chances[:, None]
         features = self.features(batch["lr"], null_image)
         z, z_lq = self.latents(batch["hr"]), self.latents(batch["lr"])
-        noised = self.noised(z, self.timesteps(rows, generator), generator)
+        noised = self.noised(z, self.timesteps(rows, generator, config.late), generator)
         text = self.prompts(batch["caption"], torch.where(alone, null_text, ~prompted))
         empty, sizes = self.prompts([""] * rows), self.time_ids(rows)
         with torch.no_grad():

@@ -194,8 +194,8 @@ PRESETS: dict[str, Preset] = {
             latent_scale=1.0,
         ),
         Sampling(
-            steps=10,
-            guidance=1.5,
+            steps=2,
+            guidance=1.0,
             tile=32,
             overlap=8,
             tile_batch=8,
