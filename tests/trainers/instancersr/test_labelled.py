@@ -88,7 +88,7 @@ def test_large_labels_are_kept(photographs, instances, tmp_path):
 def test_a_missing_map_is_named(photographs, instances, tmp_path):
     shutil.copytree(instances, tmp_path / "maps")
     (tmp_path / "maps" / "coffee.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"1 of 3 photographs .* is .*coffee\.png, whose map .*maps/coffee\.png"):
+    with pytest.raises(FileNotFoundError, match=r"1 of 3 .*coffee\.png, whose map would be .*maps/coffee\.png"):
         LabelledPhotographs(photographs, 32, None, (4, 4), tmp_path / "maps")
     with pytest.raises(FileNotFoundError, match=r"3 of 3 .*astronaut\.png, whose map would be a PNG beside it"):
         LabelledPhotographs(photographs, 32, None, (4, 4))
