@@ -19,6 +19,7 @@ from fourfold.nodes.common.vision import Preprocessing, VisionEncoder
 from fourfold.nodes.dit4sr.config import PRESETS
 from fourfold.nodes.dit4sr.model import WEIGHTS_NAME, DiT4SRTransformer
 from fourfold.nodes.dit4sr.restore import load_system
+from fourfold.nodes.instancersr.label_files import write_labels
 from fourfold.nodes.instantir.config import PRESETS as INSTANTIR
 from fourfold.nodes.instantir.model import InstantIR
 from fourfold.trainers import place_tiny
@@ -115,15 +116,17 @@ def test_script_rebuilds_the_family_and_goes_on_after_an_interruption(tmp_path):
     for name in ("cat", "coffee"):
         picture = resize(read_image(SUITE / "photographs" / "clean" / f"{name}.jpg")[:, :3], (96, 128))
         write_image(tmp_path / "photographs" / f"{name}.png", picture)
+        write_labels(tmp_path / "instances" / f"{name}.png", (picture[0, 0] > 0.5).long())
     command = [SUITE / "trainers" / "train_tiny.sh", tmp_path / "photographs", tmp_path / "out", "--crop", "32",
                "--batch_size", "2", "--num_workers", "0", "--sample_every", "0", "--max_steps"]
     family = tmp_path / "family"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "CHECKPOINTS": str(family)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "CHECKPOINTS": str(family),
+                   "INSTANCES": str(tmp_path / "instances")}
     for steps in ("1", "3"):
         done = subprocess.run([*command, steps], env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
     assert "fourfold evaluate --data" in done.stdout
-    parts = "codec", "text", "vision", "dit4sr", "instantir"
+    parts = "codec", "text", "vision", "dit4sr", "instantir", "instancersr"
     assert {p.name for p in family.iterdir()} == {tiny.FILES[part] for part in parts}
     assert {read_header(family / tiny.FILES[part]).step for part in parts[1:]} == {3}
     network = InstantIR.from_pretrained(family / tiny.FILES["instantir"])
