@@ -13,7 +13,7 @@ from .common.host.files import register_folder
 
 log = logging.getLogger("fourfold")
 
-PARTS = ("common", "examples", "captions", "dit4sr", "instantir")
+PARTS = ("common", "examples", "captions", "dit4sr", "instantir", "instancersr")
 
 
 def load_nodes(parts: tuple[str, ...] = PARTS) -> list[type[io.ComfyNode]]:

@@ -129,17 +129,25 @@ def crop(pixels: Tensor, prepared: Prepared) -> Tensor:
     """A model's picture (B, 3, H', W') without its padding, at the exact target size: (B, 3, h, w) float32.
 
     A picture that has the target size already is returned as it is.
+    Raises: as `unpad`.
+    """
+    return resize(unpad(pixels, prepared), prepared.size)
+
+
+def unpad(pixels: Tensor, prepared: Prepared) -> Tensor:
+    """A model's picture (B, 3, H', W') without its padding, at the working size; of the target size, as it is.
+
     Raises: ValueError if the picture has neither the padded nor the target size.
     """
     if tuple(pixels.shape[-2:]) == prepared.size:
-        return pixels.float()
+        return pixels
     if pixels.shape[-2:] != prepared.pixels.shape[-2:]:
         raise ValueError(
             f"the picture is {tuple(pixels.shape)}; expected the prepared size {tuple(prepared.pixels.shape[-2:])} or "
             f"the target size {prepared.size}."
         )
     height, width = prepared.work
-    return resize(pixels[..., :height, :width], prepared.size)
+    return pixels[..., :height, :width]
 
 
 def finish(pixels: Tensor, prepared: Prepared) -> Tensor:

@@ -175,12 +175,9 @@ class InstanceRSR(nn.Module):
         Raises: FileNotFoundError, CorruptCheckpointError, WrongFileError, MismatchedKeysError.
         """
         path = find_network(path)
-        header = checkpoints.read_header(path)
-        checkpoints.require_family(header, METHOD, path, ORIGIN)
-        if not header.config:
-            raise ValueError(f"{path} does not describe itself: its metadata lack the config. Export it once more.")
+        config = read_config(path)
         with torch.device("meta"):
-            model = cls(InstanceRSRConfig.from_json(header.config))
+            model = cls(config)
         state = checkpoints.load_state(path)
         for name, value in state.items():  # one by one: the whole network is never there in two precisions
             state[name] = value.to(dtype or torch.float32)
@@ -275,3 +272,15 @@ def find_network(path: str | Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"the InstanceRSR network is missing: there is no {path}. {ORIGIN}")
     return path
+
+
+def read_config(path: str | Path) -> InstanceRSRConfig:
+    """What a file that `save_pretrained` wrote says of its network; only its header is read.
+
+    Raises: FileNotFoundError, CorruptCheckpointError, WrongFileError; ValueError if the config is missing or unknown.
+    """
+    header = checkpoints.read_header(path)
+    checkpoints.require_family(header, METHOD, path, ORIGIN)
+    if not header.config:
+        raise ValueError(f"{path} does not describe itself: its metadata lack the config. Export it once more.")
+    return InstanceRSRConfig.from_json(header.config)

@@ -8,6 +8,7 @@ Only training and the node *SAM Instances* need it; drawing pictures does not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +36,12 @@ class SamSettings:
     box_nms_thresh: float = 0.7  # overlap of boxes from which two masks are the same one
     crop_n_layers: int = 0  # also look at 4, 16, ... crops of the picture
     min_area: int = 64  # not in the paper: pixels, instances that show less are left out
+
+    @property
+    def decoder_calls(self) -> int:
+        """How often SAM's mask decoder is called for a picture: once for each batch of prompts in each crop."""
+        crops = sum(4**layer for layer in range(self.crop_n_layers + 1))
+        return crops * math.ceil(self.points_per_side**2 / self.points_per_batch)
 
 
 class SamInstances:
@@ -83,17 +90,26 @@ def load_sam(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     """
     path = Path(path).expanduser()
     checkpoints.require_file(path, "the Segment Anything checkpoint", str(path.parent), PAGE)
+    size = sam_size(path)
+    from segment_anything import sam_model_registry
+
+    with torch.device("meta"):
+        model = sam_model_registry[size](checkpoint=None)
+    checkpoints.load_strict(model, checkpoints.load_state(path), source=path)
+    for name, values in (("pixel_mean", _MEAN), ("pixel_std", _STD)):  # not in the file
+        model.register_buffer(name, torch.tensor(values, device="cpu")[:, None, None], persistent=False)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def sam_size(path: str | Path) -> str:
+    """Which SAM a checkpoint holds, from its header: "vit_b", "vit_l" or "vit_h".
+
+    Raises: WrongFileError, CorruptCheckpointError; ValueError for a SAM of another size (MobileSAM, say).
+    """
     header = checkpoints.read_header(path)
     hint = f"Choose sam_vit_b_01ec64.pth, sam_vit_l_0b3195.pth or sam_vit_h_4b8939.pth from {PAGE}."
     checkpoints.require_family(header, "sam", path, hint)
     _, shape = header.tensors.get("image_encoder.pos_embed", ("", (0,)))
     if shape[-1] not in _WIDTHS:
         raise ValueError(f"{path} has an image encoder of shape {shape}, which is no SAM of known size. {hint}")
-    from segment_anything import sam_model_registry
-
-    with torch.device("meta"):
-        model = sam_model_registry[_WIDTHS[shape[-1]]](checkpoint=None)
-    checkpoints.load_strict(model, checkpoints.load_state(path), source=path)
-    for name, values in (("pixel_mean", _MEAN), ("pixel_std", _STD)):  # not in the file
-        model.register_buffer(name, torch.tensor(values, device="cpu")[:, None, None], persistent=False)
-    return model.to(device).eval().requires_grad_(False)
+    return _WIDTHS[shape[-1]]

@@ -2,7 +2,7 @@
 
 import comfy.model_management as management
 import torch
-from comfy.latent_formats import SD3, SDXL, LatentFormat
+from comfy.latent_formats import SD3, SD15, SDXL, LatentFormat
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import VAE
 from torch import Tensor, nn
@@ -70,3 +70,8 @@ def sd3_latents() -> LatentFormat:
 def sdxl_latents() -> LatentFormat:
     """The preview of SDXL's latents."""
     return SDXL()
+
+
+def sd1_latents() -> LatentFormat:
+    """The preview of the latents of Stable Diffusion 1 and DiT."""
+    return SD15()

@@ -13,18 +13,24 @@ import folder_paths
 from ..tiny import checkpoints_dir
 
 OWN_FOLDER = "fourfold"
+SAM_FOLDER = "sams"  # where other suites have their users put Segment Anything
 _CONFIG = "config.json"
 
 
 def register_folder() -> None:
-    """Adds the folder `models/fourfold` and the tiny family's checkpoints to ComfyUI's model folders.
+    """Adds the folders `models/fourfold`, with the tiny family's checkpoints, and `models/sams` to ComfyUI's.
 
-    An added folder has no extensions, which would list every file: it gets those of the stock folders.
+    An added folder has no extensions, which would list every file: it gets those of the stock folders. What another
+    suite or extra_model_paths.yaml has said of `sams` stays.
     """
-    for place in (Path(folder_paths.models_dir) / OWN_FOLDER, checkpoints_dir()):
-        folder_paths.add_model_folder_path(OWN_FOLDER, str(place))
-    paths, _ = folder_paths.folder_names_and_paths[OWN_FOLDER]
-    folder_paths.folder_names_and_paths[OWN_FOLDER] = (paths, set(folder_paths.supported_pt_extensions))
+    models = Path(folder_paths.models_dir)
+    for folder, place in (
+        (OWN_FOLDER, models / OWN_FOLDER), (OWN_FOLDER, checkpoints_dir()), (SAM_FOLDER, models / SAM_FOLDER)
+    ):
+        folder_paths.add_model_folder_path(folder, str(place))
+        paths, extensions = folder_paths.folder_names_and_paths[folder]
+        extensions = {*extensions, *folder_paths.supported_pt_extensions}
+        folder_paths.folder_names_and_paths[folder] = (paths, extensions)
 
 
 def list_models(folders: Iterable[str]) -> list[str]:

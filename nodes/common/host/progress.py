@@ -1,9 +1,12 @@
 """What a user sees of a run."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import comfy.model_management as management
 import comfy.utils
 import latent_preview
-from torch import Tensor
+from torch import Tensor, nn
 
 from .models import HostedModel
 
@@ -32,3 +35,18 @@ class Report:
         self.step, self.steps = i + 1, n
         preview = self.previewer.decode_latent_to_preview_image("JPEG", x0.float()) if self.previewer else None
         self.bar.update_absolute(self.step * self.windows, n * self.windows, preview)
+
+
+@contextmanager
+def bar_of_calls(part: nn.Module, calls: int) -> Iterator[None]:
+    """For the length of the block a bar that goes on with each call of `part`, to its end with so many `calls`."""
+    bar = comfy.utils.ProgressBar(calls)
+
+    def count(*_) -> None:
+        bar.update(1)
+
+    watch = part.register_forward_hook(count)
+    try:
+        yield
+    finally:
+        watch.remove()
