@@ -83,7 +83,7 @@ def test_dcp_loss_by_hand(dcp_study, config, batch_of):
     u = torch.rand(16, generator=draws)
     null_image, null_text = (u < 0.3) | ((u >= 0.6) & (u < 0.8)), (u >= 0.3) & (u < 0.8)
     assert len({(a, b) for a, b in zip(null_image.tolist(), null_text.tolist(), strict=True)}) == 4
-    t = torch.randint(1000, (16,), generator=draws)
+    t = (torch.rand(16, generator=draws) * 1000).long()
     model, codec = study.model, study.autoencoder
     z = codec.encode(batch["hr"]) * codec.scale
     noise = torch.randn(z.shape, generator=draws)
