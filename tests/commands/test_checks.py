@@ -4,7 +4,7 @@ import pytest
 from fourfold import cli
 from fourfold.nodes import restoration
 from fourfold.nodes.common import tiny
-from fourfold.nodes.common.tiny_text import TinyTextEncoder
+from fourfold.nodes.common.codec import LinearCodec
 
 
 @pytest.fixture
@@ -34,13 +34,13 @@ def test_options_that_cannot_work_are_said_once(complaint, options, expected):
     assert expected in complaint(*options)
 
 
-def test_a_folder_without_the_text_encoder_of_tiny_ones_is_full_size(complaint, tmp_path):
+def test_a_folder_without_the_codec_of_tiny_ones_is_full_size(complaint, tmp_path):
     (tmp_path / "dit4sr_q").mkdir()
     assert "--overlap 24 (what" in complaint("--tile", "16", "--model", str(tmp_path / "dit4sr_q"))
 
 
 def test_a_base_beside_the_weights_of_a_tiny_training_is_refused(complaint, tmp_path):
-    TinyTextEncoder().save(tmp_path / tiny.FILES["text"])
+    LinearCodec().save(tmp_path / tiny.FILES["codec"])
     assert "leave the base out" in complaint("--model", str(tmp_path), "--base", "sd3")
 
 
