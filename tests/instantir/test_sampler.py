@@ -209,7 +209,8 @@ def test_every_scheduler_shows_the_networks_the_same_kind_of_latent(network, inp
     error = 0.02 if "karras" in scheduler else 1e-4  # its timesteps are rounded
     torch.testing.assert_close(x, expected.expand(2, -1, -1, -1), rtol=error, atol=error)
     assert len(seen) == 8 and drawn.latent.isfinite().all() and drawn.ratios.isfinite().all()
-    assert {float(t) for _, t in seen[::2]} == {float(t) for _, t in seen[1::2]}, "the Previewer sees the same timestep"
+    for (x, t), (previewed, at) in zip(seen[1::2], seen[::2], strict=True):
+        assert torch.equal(x, previewed) and torch.equal(t, at), "the Previewer and the UNet see the same"
 
 
 def test_euler_and_ddim_agree(network, inputs, relative_error):
