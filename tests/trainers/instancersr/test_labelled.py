@@ -14,6 +14,7 @@ from fourfold.trainers.labelled import LabelledPhotographs
 @pytest.fixture
 def same(tmp_path):
     """Photographs whose pixels, times 255, are their labels: 6 x 9 fields of 8 px, another number each."""
+    (tmp_path / "pictures" / "inside").mkdir(parents=True)
     for name, shift in (("a", 0), ("b", 60)):
         labels = (torch.arange(54).reshape(6, 9) * 2 + shift).repeat_interleave(8, 0).repeat_interleave(8, 1)
         write_image(tmp_path / "pictures" / "inside" / f"{name}.png", labels.expand(1, 3, -1, -1) / 255, {})

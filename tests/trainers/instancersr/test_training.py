@@ -83,7 +83,7 @@ def test_trains_and_exports_a_system(config, network, ablation, photographs, tmp
 
 
 def test_training_learns(config, network, batch_of):
-    settings = config(max_steps=40, batch_size=4, save_every=0, learning_rate=5e-3, ema_decay=0.5, degradation="light")
+    settings = config(max_steps=40, batch_size=4, save_every=0, learning_rate=3e-3, ema_decay=0.5, scale_weight=0.1)
     result = train(settings, network)
     before, after = build(settings, network), build(settings, network)
     after.network.load_state_dict(InstanceRSR.from_pretrained(result.folder, torch.float32).state_dict())
