@@ -98,7 +98,7 @@ class InstanceRSRTraining(FitConfig):
 TINY = {  # what the tiny family's training changes
     "crop": 128, "min_scale": 0.6, "degradation": "seesr", "batch_size": 16, "learning_rate": 6e-4, "beta2": 0.99,
     "warmup_steps": 200, "schedule": "cosine", "mixed_precision": "bf16", "max_steps": 5000, "ema_decay": 0.998,
-    "loss_weight": "x0", "alignment_weight": 0.02, "scale_weight": 0.0002, "map_weight": 0.1, "l1": 0.3, "edge": 2.0,
+    "loss_weight": "x0", "alignment_weight": 0.05, "scale_weight": 0.0005, "map_weight": 0.1, "l1": 0.3, "edge": 2.0,
     "export_dtype": "float16",
 }  # fmt: skip
 
