@@ -34,7 +34,7 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Dinov2Config | 
         patch_size=patch,
         image_size=round(positions**0.5) * patch,
         mlp_ratio=_RATIO,
-        use_swiglu_ffn="encoder.layer.0.mlp.weights_in.weight" in shapes,
+        use_swiglu_ffn="encoder.layer.0.mlp.fc1.weight" not in shapes,
     )
     if registers is None:
         return Dinov2Config(**sizes)

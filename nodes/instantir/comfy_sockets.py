@@ -111,8 +111,11 @@ def working_memory(model: HostedModel, latents: int) -> float:
 
 
 def same_model(handle: PreviewerHandle | AggregatorHandle | None, model: HostedModel, node: str) -> None:
-    """Raises: ValueError if a handle was made from another model than the sampler has."""
-    if handle is not None and handle.model is not model:
+    """Raises: ValueError if a handle was made from a model of another kind than the sampler has.
+
+    It need not be the same object: ComfyUI may have dropped a model and loaded it anew, and kept the handle.
+    """
+    if handle is not None and handle.model.network.config != model.network.config:
         raise ValueError(
             f"the {node} was made from another model than the sampler's. Connect one InstantIR Loader (or Tiny Models) "
             "to all of them."

@@ -38,9 +38,9 @@ def preview_at(
     if noise.shape != latent.shape:
         raise ValueError(f"the noise is {tuple(noise.shape)}, the latent {tuple(latent.shape)}; expected equal.")
     z, batch = latent.float(), len(latent)
-    t = torch.tensor(noise_level * (model.config.train_timesteps - 1), device=z.device)
-    alpha, sigma = model.alpha_sigma(t)
+    t = torch.tensor(noise_level * (model.config.train_timesteps - 1))
+    alpha, sigma = level = model.alpha_sigma(t)  # on the CPU: some devices have no float64
     sizes = window_time_ids(model, Box(0, 0, *z.shape[-2:])).expand(batch, -1)
     text, tokens = text.expand(batch), image.expand(batch).previewer
     condition = model.condition(text.prompt_embeds, text.pooled, sizes, tokens, previewer=True, scale=image_scale)
-    return model.clean(alpha * z + sigma * noise.to(z), t, condition)
+    return model.clean(alpha.to(z) * z + sigma.to(z) * noise.to(z), t, condition, level=level)

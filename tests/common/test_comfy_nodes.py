@@ -104,6 +104,18 @@ def test_a_picture_comes_back_at_exactly_the_size_asked_for(nodes, options, targ
     assert restored.shape == (1, *target, 3) and mask.shape == (1, *target) and not mask.any()
 
 
+def test_small_results_are_drawn_whole_where_asked(nodes):
+    def sides(**options):
+        prepared, frame = prepare(nodes, picture(), multiple=8, **options)
+        assert fix(nodes, prepared, frame)[0].shape == (1, 36, 28, 3)
+        return tuple(prepared.shape[1:3])
+
+    bounds = {"min_short_side": 40, "max_long_side": 50}
+    assert sides(**bounds) == (48, 32)  # 36 x 28 raised to 51 x 40, capped at 50, rounded down
+    assert sides(**bounds | {"max_long_side": 30}) == (56, 40)  # longer than the bound: padded
+    assert sides(**bounds | {"max_long_side": 30, "larger": "shrink"}) == (24, 16)
+
+
 def test_the_batch_and_grey_pictures_survive(nodes):
     prepared, frames = prepare(nodes, picture(batch=3, channels=1))
     restored, _ = fix(nodes, prepared, frames, "adain")
