@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from comfy_api.latest import io, ui
 
+from ..common import tiny
 from ..common.frames import Frame
 from ..common.host.files import SAM_FOLDER, find_model, fingerprint, list_models
 from ..common.host.models import HostedModel, host, on_device, require_method
@@ -19,6 +20,7 @@ log = logging.getLogger("fourfold")
 
 CATEGORY = "Fourfold/InstanceRSR"
 SAM_FOLDERS = (SAM_FOLDER, "fourfold")
+_TINY = set(tiny.FILES.values())  # the tiny family, none of which is a SAM
 SAMModel = io.Custom("FOURFOLD_SAM")  # HostedModel
 FrameSocket = io.Custom("FOURFOLD_FRAME")  # Frame, of LR Prepare
 GREYS = 255  # labels that a grey picture of 8 bits can tell apart
@@ -43,27 +45,27 @@ class SAMLoader(io.ComfyNode):
             category=CATEGORY,
             description="Loads Segment Anything (ViT-B, ViT-L or ViT-H), which finds the instances of a picture. "
             "InstanceRSR itself needs it for training only.",
-            inputs=[io.Combo.Input("sam", options=list_models(SAM_FOLDERS),
+            inputs=[io.Combo.Input("checkpoint", options=[name for name in list_models(SAM_FOLDERS) if name not in _TINY],
                                    tooltip="sam_vit_b_01ec64.pth, sam_vit_l_0b3195.pth or sam_vit_h_4b8939.pth, from "
                                    "models/sams or models/fourfold.")],
             outputs=[SAMModel.Output("sam", display_name="sam", tooltip="For SAM Instances.")])
 
     @classmethod
-    def validate_inputs(cls, sam=None) -> bool | str:
+    def validate_inputs(cls, checkpoint=None) -> bool | str:
         try:
-            if sam is not None:  # None: the name comes over a link
-                find_sam(sam)
+            if checkpoint is not None:  # None: the name comes over a link
+                find_sam(checkpoint)
         except (OSError, ValueError) as error:
             return str(error)
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, sam=None) -> str:
-        return fingerprint(find_sam(sam)) if sam else ""
+    def fingerprint_inputs(cls, checkpoint=None) -> str:
+        return fingerprint(find_sam(checkpoint)) if checkpoint else ""
 
     @classmethod
-    def execute(cls, sam) -> io.NodeOutput:
-        return io.NodeOutput(host(load_sam(find_sam(sam)), "sam"))
+    def execute(cls, checkpoint) -> io.NodeOutput:
+        return io.NodeOutput(host(load_sam(find_sam(checkpoint)), "sam"))
 
 
 class SAMInstances(io.ComfyNode):

@@ -323,14 +323,15 @@ def test_more_instances_than_greys_share_the_last_one(nodes, temp, caplog):
 
 @pytest.fixture
 def sams(comfyui, tmp_path, monkeypatch):
-    """The folder models/sams, the only one for SAM."""
+    """The folder models/sams; beside it one of Fourfold with a tiny checkpoint."""
     import folder_paths
 
-    folder = tmp_path / "sams"
-    folder.mkdir()
-    for name, place in (("sams", folder), ("fourfold", tmp_path / "none")):
-        monkeypatch.setitem(folder_paths.folder_names_and_paths, name, ([str(place)], {".pth", ".safetensors"}))
-    return folder
+    for name in ("sams", "fourfold"):
+        folder = tmp_path / name
+        folder.mkdir()
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, name, ([str(folder)], {".pth", ".safetensors"}))
+    (tmp_path / "fourfold" / tiny.FILES["codec"]).touch()  # not offered: nobody wants it here
+    return tmp_path / "sams"
 
 
 @pytest.fixture
@@ -359,9 +360,9 @@ def test_the_sam_loader_lists_and_loads(nodes, sams, small_sam_builder, small_sa
     model = loader.execute("sam_vit_b.pth").args[0]
     state, expected = model.network.state_dict(), small_sam.state_dict()
     assert model.method == "sam" and all(torch.equal(state[name], expected[name]) for name in expected)
-    before = loader.fingerprint_inputs(sam="sam_vit_b.pth")
+    before = loader.fingerprint_inputs(checkpoint="sam_vit_b.pth")
     (sams / "sam_vit_b.pth").touch()
-    assert loader.fingerprint_inputs(sam="sam_vit_b.pth") != before and loader.fingerprint_inputs() == ""
+    assert loader.fingerprint_inputs(checkpoint="sam_vit_b.pth") != before and loader.fingerprint_inputs() == ""
 
 
 def test_wrong_sam_files_are_found_at_queue_time(nodes, sams):
