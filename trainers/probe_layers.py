@@ -6,7 +6,8 @@
 
 Writes probing.csv and probing.png. Nothing is trained by gradient: the probes are ridge regressions in closed form.
 
-not in the paper: what exactly is probed. Here, of features of noisy clean pictures at one timestep,
+not in the paper: what exactly is probed. Here, of the features of clean pictures and maps under the noise of one late
+timestep, which little but the LR picture is seen through,
 - DINO: the cosine similarity of DINOv2's patch features and of their linear prediction from a block's tokens, fitted on
   the first half of the crops and measured on the other;
 - instances: the share of a picture's tokens whose instance a linear classifier tells right, fitted on half of the
@@ -63,7 +64,7 @@ class ProbeConfig:
     crops: int = option(64, "crops, >= 2; half of them fit the DINO probe")
     crop: int | None = option(None, "pixels, side of the crops; None = 512, or 128 for a tiny network")
     batch_size: int = option(8, "crops at a time, >= 1")
-    timestep: int = option(300, "of the noise, 0..999; the higher, the less of the picture is seen")
+    timestep: int = option(600, "of the noise, 0..999; the higher, the less of the clean picture and map is seen")
     degradation: str = option("real_esrgan", "settings of the LR pictures")
     seed: int = option(0, "of crops, degradations, noise and places")
     device: str | None = option(None, '"cpu", "cuda", ...; None = a GPU where there is one')
