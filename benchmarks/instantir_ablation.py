@@ -1,4 +1,4 @@
-"""What each part of InstantIR is good for, with the tiny weights: restores photographs with and without it, and measures.
+"""What each part of InstantIR is good for, with the tiny weights: photographs restored with and without it, measured.
 
     python benchmarks/instantir_ablation.py --data BSDS500/val --niqe-parameters FILE --output benchmarks/results
 
@@ -67,7 +67,8 @@ def _previews(system, restore, bicubic, pair):
     result = restore(pair.lr, system, seed=pair.index, on_sampled=lambda run: seen.extend(run.previews))
     pixels = [system.autoencoder.decode(to_vae(z, config.latent_shift, config.latent_scale)) for z in seen]
     height, width = result.shape[-2:]
-    return torch.cat([bicubic(pair.lr), *(p[..., :height, :width] for p in pixels), result, pair.hr], dim=-1).clamp(0, 1)
+    columns = [bicubic(pair.lr), *(p[..., :height, :width] for p in pixels), result, pair.hr]
+    return torch.cat(columns, dim=-1).clamp(0, 1)
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ class AggregatorTraining(InstantIRTraining):
     prompted: float = option(0.0, "share of the samples that get their caption, 0..1 (published 0: always empty)")
     alone: float = option(0.0, "share of the samples without the Aggregator, which train a trained base, 0..1 (not in "
                                "the paper); they get their caption, but for the share of drop_image")
-    late: float = option(1.0, "density of the timesteps, t^(late - 1): 1 = all equally likely (paper), 3 = mostly noisy "
-                              "ones, which a few steps of sampling are at")
+    late: float = option(1.0, "density of the timesteps, t^(late - 1): 1 = all equally likely (paper), 3 = mostly "
+                              "noisy ones, which a few steps of sampling are at")
     loss_weight: Literal["none", "x0"] = option("none", "weight of the diffusion loss (paper none)")
     l1: float = option(0.0, "share of the absolute error in the loss (not in the paper)")
     edge: float = option(0.0, "share of the error of the decoded picture's edges (not in the paper; tiny preset only)")
