@@ -45,9 +45,11 @@ class SAMLoader(io.ComfyNode):
             category=CATEGORY,
             description="Loads Segment Anything (ViT-B, ViT-L or ViT-H), which finds the instances of a picture. "
             "InstanceRSR itself needs it for training only.",
-            inputs=[io.Combo.Input("checkpoint", options=[name for name in list_models(SAM_FOLDERS) if name not in _TINY],
-                                   tooltip="sam_vit_b_01ec64.pth, sam_vit_l_0b3195.pth or sam_vit_h_4b8939.pth, from "
-                                   "models/sams or models/fourfold.")],
+            inputs=[
+                io.Combo.Input("checkpoint", options=[name for name in list_models(SAM_FOLDERS) if name not in _TINY],
+                               tooltip="sam_vit_b_01ec64.pth, sam_vit_l_0b3195.pth or sam_vit_h_4b8939.pth, from "
+                               "models/sams or models/fourfold."),
+            ],
             outputs=[SAMModel.Output("sam", display_name="sam", tooltip="For SAM Instances.")])
 
     @classmethod

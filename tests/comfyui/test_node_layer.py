@@ -9,7 +9,8 @@ import pytest
 from fourfold.headless.server import SUITE, find_comfyui, find_python
 
 TESTS = ("tests/captions/test_comfy_nodes.py", "tests/common/test_comfy_nodes.py", "tests/common/test_host.py",
-         "tests/dit4sr/test_comfy_nodes.py", "tests/instantir/test_comfy_nodes.py")
+         "tests/dit4sr/test_comfy_nodes.py", "tests/instancersr/test_comfy_nodes.py",
+         "tests/instantir/test_comfy_nodes.py")
 PROGRAM = """
 import importlib.util
 import sys
