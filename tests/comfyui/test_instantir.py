@@ -6,7 +6,6 @@ import threading
 import time
 from dataclasses import replace
 
-import fourfold
 import pytest
 import torch
 from fourfold.headless.client import Interrupted, NodeFailed, PromptRejected
@@ -274,15 +273,13 @@ def test_the_creative_workflow_lets_the_text_paint(api_graph):
     assert len(graph[graph.inputs(SAMPLER)["positive"][0]]["inputs"]["text"]) > 20
 
 
-@pytest.mark.skipif(not (tiny.checkpoints_dir() / tiny.FILES["instantir"]).is_file(), reason="not trained yet")
-def test_the_shipped_network_edits_by_text(graph, client, fetch, picture):
+def test_the_shipped_network_edits_by_text_as_the_creative_workflow_says(graph, client, fetch):
     edited = []
-    for text in ("dark, cold, low contrast", "bright, warm, high contrast"):
+    for text in ("low contrast, smooth", "high contrast, fine texture"):
         creative = changed(graph, "FourfoldInstantIRLoader", base=tiny.FILES["instantir"])
         creative = changed(creative, "FourfoldAggregator", creative_start=0.3)
         creative = changed(creative, "FourfoldPreviewer", text_guided=True)
-        creative = changed(creative, SAMPLER, steps=PRESETS["tiny"].sampling.steps, guidance=4.0)
+        creative = changed(creative, SAMPLER, steps=8, guidance=4.0)
         creative[creative.inputs(SAMPLER)["positive"][0]]["inputs"]["text"] = text
         edited.append(fetch(client.run(creative, timeout=900), creative.id("SaveImage")))
-    assert edited[1].mean() > edited[0].mean()
-    assert fourfold.restore(picture[1], method="instantir", scale=4).shape == edited[0].shape
+    assert edited[1].std() > edited[0].std() + 1 / 255
