@@ -19,6 +19,7 @@ Level = tuple[Tensor, Tensor]  # alpha and sigma of  x_t = alpha x_0 + sigma noi
 _DDIM: dict[str, Any] = dict(clip_sample=False, set_alpha_to_one=False)  # latents are not in -1..1
 SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
     "ddim": (DDIMScheduler, _DDIM),
+    "ddim trailing": (DDIMScheduler, dict(clip_sample=False, timestep_spacing="trailing")),  # noise to noiseless
     "ddpm": (DDPMScheduler, dict(clip_sample=False)),
     "euler": (EulerDiscreteScheduler, {}),
     "euler ancestral": (EulerAncestralDiscreteScheduler, {}),
@@ -60,7 +61,8 @@ def make_scheduler(
 ) -> Any:
     """A scheduler for noise predictions on the scaled-linear schedule, set to `steps` steps.
 
-    Steps are spaced as SDXL's own scheduler spaces them ("leading", offset 1).
+    Steps are spaced as SDXL's own scheduler spaces them ("leading", offset 1), except for "ddim trailing", which starts
+    at pure noise and ends on the clean latent itself: with few steps the last level of the others is visible grain.
 
     Args:
         name: of SCHEDULERS. steps: 1..train_timesteps.
@@ -72,7 +74,7 @@ def make_scheduler(
     if not 1 <= steps <= train_timesteps:
         raise ValueError(f"steps is {steps}; it must be in 1..{train_timesteps}.")
     kind, options = SCHEDULERS[name]
-    scheduler = kind(
+    shared = dict(
         num_train_timesteps=train_timesteps,
         beta_start=beta_start,
         beta_end=beta_end,
@@ -80,8 +82,8 @@ def make_scheduler(
         timestep_spacing="leading",
         steps_offset=1,
         prediction_type="epsilon",
-        **options,
     )
+    scheduler = kind(**(shared | options))
     scheduler.set_timesteps(steps)
     return scheduler
 

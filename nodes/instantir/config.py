@@ -196,6 +196,7 @@ PRESETS: dict[str, Preset] = {
         Sampling(
             steps=2,
             guidance=1.0,
+            scheduler="ddim trailing",
             tile=32,
             overlap=8,
             tile_batch=8,

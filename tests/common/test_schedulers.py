@@ -25,6 +25,16 @@ def test_ddim_steps_as_published():
     assert not make_scheduler("ddpm", 5).config.clip_sample
 
 
+def test_trailing_steps_go_from_pure_noise_to_the_clean_latent():
+    scheduler = make_scheduler("ddim trailing", 4)
+    assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
+    assert scheduler.final_alpha_cumprod == 1 and not scheduler.config.clip_sample
+    z, noise = torch.randn(2, 1, 4, 4, 4)
+    one = make_scheduler("ddim trailing", 1)
+    x = one.add_noise(z, noise, one.timesteps)
+    torch.testing.assert_close(one.step(noise, one.timesteps[0], x).prev_sample, z, rtol=1e-3, atol=1e-3)
+
+
 def test_a_perfect_prediction_is_walked_back_to_the_picture():
     """With the true noise as the prediction every scheduler of them that adds none ends near the clean latent."""
     z, noise = torch.randn(2, 1, 4, 4, 4)

@@ -411,7 +411,7 @@ def test_the_paper_gives_the_defaults(nodes):
 def test_the_help_names_the_values_that_the_tiny_model_wants():
     page = (Path(__file__).parents[2] / "web" / "docs" / "FourfoldTinyModels.md").read_text(encoding="utf-8")
     page = page.split("| InstantIR |")[1].split("\n\n")[0]
-    table = dict(re.findall(r"^\| (?:.*: )?(\w+) \| (\S+) \|$", page, re.MULTILINE))
+    table = dict(re.findall(r"^\| (?:.*: )?(\w+) \| (.+) \|$", page, re.MULTILINE))
     sampling = PRESETS["tiny"].sampling
     names = ("steps", "guidance", "scheduler", "tile", "overlap", "tile_batch", "preview_start", "creative_start",
              "adaptive", "conditioning_scale", "multiple", "min_short_side", "max_long_side", "interpolation")
