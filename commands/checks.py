@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ def check_options(options: argparse.Namespace, methods: Sequence[str]) -> None:
     find_device(options.device)
     for method in methods:
         check_model(method, options.model, options.base)
+        check_names(method, sampling_settings(options))
         check_windows(method, options.model, sampling_settings(options))
 
 
@@ -42,6 +44,14 @@ def check_folder(folder: Path, option: str) -> None:
                          f"Choose another {option}.")
 
 
+def check_names(method: str, settings: dict[str, Any]) -> None:
+    """Whether the method has the given sampling options. Raises: ValueError that names those which it has not."""
+    sampling = import_module(f"..nodes.{method}.config", __package__).Sampling
+    known = {field.name for field in fields(sampling)} | {"prompt", "negative"}
+    if unknown := [f"--{name.replace('_', '-')}" for name in settings if name not in known]:
+        raise ValueError(f"{method} has no {' and no '.join(unknown)}: leave it out, or choose another --method.")
+
+
 def check_windows(method: str, model: str, settings: dict[str, Any]) -> None:
     """Whether tile and overlap fit each other and the network, with the method's own values for what is not given.
 
@@ -52,7 +62,7 @@ def check_windows(method: str, model: str, settings: dict[str, Any]) -> None:
     presets = import_module(f"..nodes.{method}.config", __package__).PRESETS
     preset = presets["tiny" if is_tiny(model) else "full"]
     tile, overlap = (settings.get(name, getattr(preset.sampling, name)) for name in ("tile", "overlap"))
-    if overlap >= tile:
+    if tile and overlap >= tile:
         given = [f"--{name} {value}" + ("" if name in settings else f" (what {method} takes if it is not given)")
                  for name, value in (("overlap", overlap), ("tile", tile))]
         raise ValueError(f"{given[0]} must be smaller than {given[1]}: lower the overlap or enlarge the tile.")

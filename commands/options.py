@@ -4,11 +4,13 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-METHODS = ("dit4sr",)
+METHODS = ("dit4sr", "instantir")
 COLOR_FIXES = ("adain", "wavelet", "none")
+ADAPTIVE = ("off", "paper", "release")
 
 # Option names that are handed to the method as they are; None = left to the method (the paper's value).
-SAMPLING = ("steps", "prompt", "negative", "guidance", "start_sigma", "tile", "overlap", "tile_batch", "color_fix")
+SAMPLING = ("steps", "prompt", "negative", "guidance", "start_sigma", "tile", "overlap", "tile_batch", "color_fix",
+            "scheduler", "preview_start", "creative_start", "adaptive", "conditioning_scale")
 
 
 def at_least(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
@@ -36,6 +38,17 @@ def fraction(text: str) -> float:
         value = 0.0
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"a number above 0 and at most 1 is expected, not {text!r}")
+    return value
+
+
+def part(text: str) -> float:
+    """An argparse type: a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"a number from 0 to 1 is expected, not {text!r}")
     return value
 
 
@@ -78,11 +91,19 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--negative", help="what the picture should not look like")
     group.add_argument("--guidance", type=positive, help="classifier-free guidance; 1 = none")
     group.add_argument("--start-sigma", type=fraction,
-                       help="noise level to start from: 1 = pure noise, less = nearer to the input")
+                       help="dit4sr: noise level to start from: 1 = pure noise, less = nearer to the input")
     group.add_argument("--tile", type=at_least(1), help="side of the windows, in latent pixels")
     group.add_argument("--overlap", type=at_least(0), help="overlap of the windows, in latent pixels")
     group.add_argument("--tile-batch", type=at_least(1), help="windows per call of the network")
     group.add_argument("--color-fix", choices=COLOR_FIXES, help="how the input's colours are put back")
+    group = parser.add_argument_group("sampling of instantir")
+    group.add_argument("--scheduler", help='"ddim", "ddpm", "euler", "dpm++ 2m", ...: how steps are taken')
+    group.add_argument("--preview-start", type=part, metavar="0..1",
+                       help="the input is its own reference before this part of the steps: closer to it")
+    group.add_argument("--creative-start", type=part, metavar="0..1",
+                       help="the input is let go after this part of the steps: lower = freer, for prompts that edit")
+    group.add_argument("--adaptive", choices=ADAPTIVE, help="how far previews are trusted: adaptive restoration")
+    group.add_argument("--conditioning-scale", type=positive, help="weight of the input and the previews")
 
 
 def sampling_settings(options: argparse.Namespace) -> dict[str, Any]:

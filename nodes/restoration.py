@@ -12,11 +12,14 @@ from .common.captions import load_captioner
 from .common.devices import find_device
 from .common.tiny import is_tiny
 
-METHODS = ("dit4sr",)
+METHODS = ("dit4sr", "instantir")
 EMBEDDED = "embedded"  # the captioner that each method brings
 FULL_SIZE = {  # what `model` and `base` name at full size
     "dit4sr": ("dit4sr_q, dit4sr_f or dit4sr_r1 from https://huggingface.co/acceptee/DiT4SR",
                "Stable Diffusion 3.5 medium from https://huggingface.co/stabilityai/stable-diffusion-3.5-medium"),
+    "instantir": ("models from https://huggingface.co/InstantX/InstantIR, with dinov2-large from "
+                  "https://huggingface.co/facebook/dinov2-large in it",
+                  "Stable Diffusion XL from https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0"),
 }
 
 

@@ -27,6 +27,8 @@ def complaint(tmp_path, picture, enlarger, monkeypatch, capsys):
     (("--tile", "8"), "--overlap 8 (what dit4sr takes if it is not given) must be smaller than --tile 8"),
     (("--overlap", "32"), "must be smaller than --tile 32 (what dit4sr takes if it is not given): lower the overlap"),
     (("--tile", "15", "--overlap", "4"), "--tile 15 must be a multiple of 2, the side of a token of dit4sr: 14 or 16"),
+    (("--preview-start", "0.5"), "dit4sr has no --preview-start: leave it out, or choose another --method"),
+    (("--method", "instantir", "--start-sigma", "0.5", "--steps", "2"), "instantir has no --start-sigma: leave it out"),
     (("--device", "gpu"), "there is no device 'gpu'. On this machine there is cpu"),
     (("--base", "sd3"), "the base is sd3, but tiny weights (the model is 'tiny') bring their own VAE and text encoder"),
 ])
@@ -77,3 +79,10 @@ def test_a_seed_that_no_generator_takes_is_wrong_usage(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["restore", "a.png", "--seed", str(2**64)])
     assert stop.value.code == 2 and f"at most {2**64 - 1}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["-0.1", "1.1", "half"])
+def test_parts_of_the_steps_lie_between_0_and_1(value, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["restore", "a.png", "--method", "instantir", "--creative-start", value])
+    assert f"a number from 0 to 1 is expected, not '{value}'" in capsys.readouterr().err
