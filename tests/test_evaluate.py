@@ -213,7 +213,7 @@ def test_the_command(tmp_path, monkeypatch, metrics, niqe_parameters, capsys):
         write_image(photographs / f"{i}.png", torch.rand(1, 3, 200, 220, generator=torch.Generator().manual_seed(i)))
     out = tmp_path / "out"
     assert cli.main(["evaluate", "--data", str(photographs), "--crop", "192", "--degradation", "light", "--sheet", "1",
-                     "--niqe-parameters", str(niqe_parameters), "--out", str(out)]) == 0
+                     "--method", "dit4sr", "--niqe-parameters", str(niqe_parameters), "--out", str(out)]) == 0
     said = capsys.readouterr().out
     assert "PSNR ↑" in said and "GMSD ↓" in said and "the bar" in said
     with open(out / "scores.csv", newline="") as file:

@@ -194,7 +194,7 @@ PRESETS: dict[str, Preset] = {
             latent_scale=1.0,
         ),
         Sampling(
-            steps=2,
+            steps=1,
             guidance=1.0,
             scheduler="ddim trailing",
             tile=32,
