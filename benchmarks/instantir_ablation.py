@@ -2,14 +2,14 @@
 
     python benchmarks/instantir_ablation.py --data BSDS500/val --niqe-parameters FILE --output benchmarks/results
 
-Writes instantir_ablation.json (means) and instantir_previews.png: LQ, the previews of the steps, the result, the clean
+Writes instantir_ablation.json (means) and instantir_previews.jpg: LQ, the previews of the steps, the result, the clean
 photograph. The pictures are those of `fourfold evaluate` (centre crops of 256 px, each degraded by its index).
 """
 
 import argparse
 import json
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 WITHOUT = {  # row -> options of `restore`
@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--niqe-parameters", type=Path, help="NIQE's parameter file; without it NIQE is left out")
     parser.add_argument("--model", default="tiny", help='"tiny", or the folder export of a tiny training')
     parser.add_argument("--limit", type=int, default=30, help="photographs")
+    parser.add_argument("--steps", type=int, default=2, help="of the sampling; with one the previews change nothing")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     options = parser.parse_args()
@@ -42,6 +43,7 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     system = load_system(options.model, device="cpu")
+    system.sampling = replace(system.sampling, steps=options.steps)
     metrics = load_metrics(niqe_parameters=options.niqe_parameters)
     pairs = validation_pairs(options.data, DEGRADATIONS["seesr"], limit=options.limit)
     rows = {"bicubic": bicubic}
@@ -55,7 +57,7 @@ def main() -> None:
               "torch": torch.__version__, "machine": platform.processor() or platform.machine()}
     (options.output / "instantir_ablation.json").write_text(json.dumps(result, indent=2) + "\n")
     sheet = torch.cat([_previews(system, restore, bicubic, pair) for pair in pairs[:4]], dim=-2)
-    write_image(options.output / "instantir_previews.png", sheet, {"columns": "LQ, previews, result, clean"})
+    write_image(options.output / "instantir_previews.jpg", sheet, {"columns": "LQ, previews, result, clean"})
 
 
 def _previews(system, restore, bicubic, pair):
